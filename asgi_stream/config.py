@@ -1,0 +1,153 @@
+"""Every setting, checked where it is made; `from_env()` reads the environment, and errors name the variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from asgi_stream.errors import ConfigurationError
+
+REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+
+T = TypeVar("T")
+
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRedisConfig:
+    """Where a Redis is. Leases, channels and the queue may each have their own.
+
+    ``url``: ``redis://``, ``rediss://`` (TLS), ``redis+sentinel://host1,host2/name/0`` or
+    ``redis+cluster://host1,host2``. Environment: ``REDIS_URL``.
+    """
+
+    url: str = "redis://localhost:6379/0"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str):
+            raise ConfigurationError(f"url must be text such as redis://localhost:6379/0, not {self.url!r}")
+        scheme = urlsplit(self.url).scheme
+        if scheme not in REDIS_SCHEMES:
+            raise ConfigurationError(
+                f"a Redis URL begins with one of {', '.join(s + '://' for s in REDIS_SCHEMES)}; got scheme {scheme!r}"
+            )
+        if not urlsplit(self.url).netloc:
+            raise ConfigurationError("the Redis URL names no host, such as redis://localhost:6379/0")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self | None:
+        """Return the Redis that ``REDIS_URL`` names, or None if it is not set."""
+        url = (os.environ if environ is None else environ).get("REDIS_URL")
+        if not url:
+            return None
+        try:
+            return cls(url)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"REDIS_URL: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLeaseConfig:
+    """How many streams one user may hold open.
+
+    ``limit``: at most so many at once for each user. ``ttl_seconds``: how long a lease outlives a process that died.
+    ``key_namespace``: how the keys in Redis begin. ``proxied_limit``: the limit of an address that is a proxy's and
+    stands for many users. Environment: ``ASGI_STREAM_LEASE_LIMIT``, ``…_TTL_SECONDS``, ``…_KEY_NAMESPACE``,
+    ``…_PROXIED_LIMIT``.
+    """
+
+    limit: int = 5
+    ttl_seconds: float = 180.0
+    key_namespace: str = "stream_leases"
+    proxied_limit: int = 1000
+
+    def __post_init__(self) -> None:
+        _whole("limit", self.limit, least=1)
+        _whole("proxied_limit", self.proxied_limit, least=1)
+        _positive("ttl_seconds", self.ttl_seconds)
+        _key_part("key_namespace", self.key_namespace)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        return _from_env(cls, "ASGI_STREAM_LEASE_", environ)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelConfig:
+    """How queued streams are kept and delivered. Times are in seconds.
+
+    ``subscribe_timeout`` is the longest wait for a subscription's acknowledgement, and of one blocking read of a sync
+    channel. ``max_idle_time`` counts from the last event or sign of life of the producer. History is bounded by
+    ``max_events``, ``max_bytes`` and ``history_seconds`` after the last write.
+    Environment: ``ASGI_STREAM_CHANNEL_`` and the name in capitals.
+    """
+
+    key_prefix: str = "stream:"
+    subscribe_timeout: float = 1.0
+    ping_interval: float = 15.0
+    max_idle_time: float = 300.0
+    max_events: int = 10_000
+    max_bytes: int = 8 * 1024 * 1024
+    history_seconds: float = 3600.0
+    max_event_bytes: int = 1024 * 1024
+    viewer_backlog_bytes: int = 256 * 1024
+    max_channels_per_stream: int = 8
+
+    def __post_init__(self) -> None:
+        _key_part("key_prefix", self.key_prefix)
+        for name in ("subscribe_timeout", "ping_interval", "max_idle_time", "history_seconds"):
+            _positive(name, getattr(self, name))
+        for name in ("max_events", "max_bytes", "max_event_bytes", "viewer_backlog_bytes", "max_channels_per_stream"):
+            _whole(name, getattr(self, name), least=1)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        return _from_env(cls, "ASGI_STREAM_CHANNEL_", environ)
+
+
+def _from_env(cls: type[T], prefix: str, environ: Mapping[str, str] | None) -> T:
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        variable = prefix + field.name.upper()
+        text = environ.get(variable)
+        if text is None or text == "":
+            continue
+        try:
+            values[field.name] = _PARSERS[str(field.type)](text)
+            cls(**{field.name: values[field.name]})
+        except ValueError as exc:
+            raise ConfigurationError(f"{variable}={text!r}: {exc}") from exc
+    return cls(**values)
+
+
+def parse_bool(text: str) -> bool:
+    """Read a switch of the environment: 1/true/yes/on or 0/false/no/off."""
+    word = text.strip().lower()
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    raise ConfigurationError(f"{text!r} is neither true nor false; write 1 or 0")
+
+
+_PARSERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": parse_bool}
+
+
+def _whole(name: str, value: object, *, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigurationError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigurationError(f"{name} must be a number of seconds above 0, not {value!r}")
+
+
+def _key_part(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value or len(value) > 128:
+        raise ConfigurationError(f"{name} must be text of 1 to 128 characters, not {value!r}")
+    if not value.isascii() or not value.isprintable() or set(value) & set("{}*?[] "):
+        raise ConfigurationError(f"{name} must be printable ASCII without spaces and {{}}*?[]: {value!r}")

@@ -1,0 +1,75 @@
+"""Every exception of this package.
+
+StreamError
+├── InvalidEventError (ValueError)      an event that cannot be put on the wire
+├── ConfigurationError (ValueError)     a setting, a key or a combination that cannot work
+├── StreamLimitExceeded                 no lease was free
+├── BackendError                        Redis or OpenSearch did not do what was asked
+└── MissingExtraError (ImportError)     an optional package is not installed
+
+StreamLeaseWarning (UserWarning) marks uses of leases that do not limit what they seem to limit.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class StreamError(Exception):
+    """The root of every exception of this package."""
+
+
+class InvalidEventError(StreamError, ValueError):
+    """An event that the event-stream format cannot carry. ``field`` names the part that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class ConfigurationError(StreamError, ValueError):
+    """A setting that cannot work; the text names the setting and what it takes."""
+
+
+class StreamLimitExceeded(StreamError):  # noqa: N818 - a public name of the design
+    """No lease was free for ``key``.
+
+    ``limit`` and ``in_use`` count leases, ``scope`` says whose limit it is, and ``retry_after`` is in seconds: an
+    estimate from the lengths of recent streams, jittered so that refused clients do not come back together.
+    """
+
+    def __init__(
+        self, key: str, *, limit: int, in_use: int | None = None, retry_after: float = 1.0, scope: str = "user"
+    ) -> None:
+        # Not super().__init__(): in a subclass that is an HTTPException as well, that would be HTTPException's.
+        Exception.__init__(
+            self, f"all {limit} streams of this {scope} are in use; close one, or retry in about {retry_after:.0f} s"
+        )
+        self.key = key
+        self.limit = limit
+        self.in_use = limit if in_use is None else in_use
+        self.retry_after = retry_after
+        self.scope = scope
+
+
+class BackendError(StreamError):
+    """Redis or OpenSearch refused or did not answer. The driver's own exception is the ``__cause__``."""
+
+
+class MissingExtraError(StreamError, ImportError):
+    """An optional package is needed; the text holds the ``pip install`` line."""
+
+
+class StreamLeaseWarning(UserWarning):
+    """A lease that does not limit what it seems to limit."""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import the optional *module*, or say which extra brings it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as exc:
+        if exc.name != module.partition(".")[0]:
+            raise  # the package is there but broken: show its own error
+        raise MissingExtraError(f"{module} is needed here: pip install 'asgi-stream[{extra}]'") from exc

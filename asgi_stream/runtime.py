@@ -1,0 +1,259 @@
+"""`Streaming` builds, owns and closes the parts; `init_*()` set up the process default.
+
+Nothing here opens a connection or makes an event-loop object before it is used [O3].
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from asgi_stream.asgi.identity import Identify
+from asgi_stream.asgi.refusal import HTTPStreamLimitExceeded
+from asgi_stream.asgi.shutdown import OpenStreams, ShutdownWatch, default_streams
+from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
+from asgi_stream.errors import ConfigurationError, StreamLeaseWarning
+from asgi_stream.leases.handover import LeaseBlock
+from asgi_stream.leases.limiter import StreamLeaseLimiter
+from asgi_stream.leases.policy import user_key
+
+
+class Streaming:
+    """The parts of one application.
+
+    ``redis``: a URL or `QueueRedisConfig`; ``leases``, ``channels``: their settings; ``identify(scope)``: the user's
+    id of a request. ``workspaces``, ``authorize``, ``secret`` and ``events_url`` are settings of queued streaming.
+    Use it with ``async with``, or call `aclose()`.
+    """
+
+    def __init__(
+        self,
+        redis: str | QueueRedisConfig | None = None,
+        *,
+        enable_storage: bool = False,
+        leases: StreamLeaseConfig | None = None,
+        channels: ChannelConfig | None = None,
+        identify: Identify | None = None,
+        workspaces: Callable[..., Any] | None = None,
+        authorize: Callable[..., Any] | None = None,
+        secret: str | list[str] | None = None,
+        events_url: str | None = None,
+        _streams: OpenStreams | None = None,
+    ) -> None:
+        self.redis = _redis(redis)
+        self.lease_config = _typed("leases", leases, StreamLeaseConfig)
+        self.channel_config = _typed("channels", channels, ChannelConfig)
+        if identify is not None and not callable(identify):
+            raise ConfigurationError("identify must be a function that takes a scope and returns the user's id")
+        if enable_storage:
+            raise ConfigurationError("enable_storage: the OpenSearch record is not part of this version; leave it out")
+        self.identify = identify
+        self.workspaces = workspaces
+        self.authorize = authorize
+        self.secret = secret
+        self.events_url = events_url
+        self.streams = OpenStreams() if _streams is None else _streams
+        self._limiter: StreamLeaseLimiter | None = None
+        self._use_memory = False
+        self._watch: ShutdownWatch | None = None
+
+    @property
+    def leases(self) -> StreamLeaseLimiter:
+        """The limiter, made on first use."""
+        if self._limiter is None:
+            if self.redis is not None and not self._use_memory:
+                warnings.warn(
+                    "this version counts leases per process even when Redis is configured; with several processes "
+                    "the limit holds for each. init_lease_limiter(use_memory=True) says that you know",
+                    StreamLeaseWarning,
+                    stacklevel=2,
+                )
+            self._limiter = StreamLeaseLimiter(self.lease_config, refusal=HTTPStreamLimitExceeded)
+        return self._limiter
+
+    def begin_shutdown(self) -> None:
+        """End every open stream with `close` (`shutdown`). For servers that run in a thread; safe from any thread."""
+        self.streams.begin_shutdown()
+
+    async def __aenter__(self) -> Self:
+        self._watch = ShutdownWatch(self.streams)
+        self._watch.__enter__()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End what is open and give back what was taken. Calling it again does nothing."""
+        self.streams.begin_shutdown()
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__()
+
+
+def stream_lease(user_id: str, *, limit: int | None = None, limiter: StreamLeaseLimiter | None = None) -> LeaseBlock:
+    """Hold one of *user_id*'s stream slots: ``async with stream_lease(str(user.id)) as lease:`` (or ``with``).
+
+    ``limit`` replaces the configured one, ``limiter`` the process default. Raises `StreamLimitExceeded`, which is a
+    429 response as well. In an endpoint the slot lasts as long as the response: see `leases.handover` for who
+    releases it. In a generator, a WebSocket handler or a worker it is held to the end of the block.
+    """
+    return LeaseBlock(_default_leases if limiter is None else lambda: limiter, user_key(user_id), limit)
+
+
+def current_streaming() -> Streaming:
+    """The process default; without any `init_*()` call it is built from the environment."""
+    default = _default.streaming
+    if default is None:
+        with _default.lock:
+            if _default.streaming is None:
+                _default.streaming = _from_environment()
+            default = _default.streaming
+    return default
+
+
+def init_streaming(
+    redis_config: QueueRedisConfig | str | None = None,
+    *,
+    enable_storage: bool = False,
+    leases: StreamLeaseConfig | None = None,
+    channels: ChannelConfig | None = None,
+    identify: Identify | None = None,
+    workspaces: Callable[..., Any] | None = None,
+    authorize: Callable[..., Any] | None = None,
+    secret: str | list[str] | None = None,
+    events_url: str | None = None,
+) -> Streaming:
+    """Set up the process default. Opens no connection, so it may be called anywhere, at import too.
+
+    What is not given comes from the environment. The same call again is nothing; a different one raises
+    `ConfigurationError` until `shutdown_streaming()`.
+    """
+    asked = (redis_config, enable_storage, leases, channels, identify, workspaces, authorize, secret, events_url)
+    with _default.lock:
+        if _default.asked is not None:
+            if _default.asked != asked:
+                raise ConfigurationError(
+                    "init_streaming() was called before with other settings; call it once, or `await "
+                    "shutdown_streaming()` in between"
+                )
+            assert _default.streaming is not None
+            return _default.streaming
+        if _default.streaming is not None and _default.streaming._limiter is not None:
+            raise ConfigurationError(
+                "init_streaming() comes too late: streaming is in use with settings from the environment; call it at "
+                "start-up, or `await shutdown_streaming()` first"
+            )
+        _default.streaming = Streaming(
+            redis_config if redis_config is not None else QueueRedisConfig.from_env(),
+            enable_storage=enable_storage,
+            leases=leases or StreamLeaseConfig.from_env(),
+            channels=channels or ChannelConfig.from_env(),
+            identify=identify,
+            workspaces=workspaces,
+            authorize=authorize,
+            secret=secret,
+            events_url=events_url,
+            _streams=default_streams,
+        )
+        _default.asked = asked
+        return _default.streaming
+
+
+def init_lease_limiter(
+    redis_config: QueueRedisConfig | str | None = None,
+    config: StreamLeaseConfig | None = None,
+    *,
+    use_memory: bool = False,
+) -> StreamLeaseLimiter:
+    """Refine how the process default counts leases, until the first lease is taken.
+
+    ``use_memory`` counts per process even where Redis is configured.
+    """
+    streaming = current_streaming()
+    wanted = _typed("config", config, StreamLeaseConfig) or streaming.lease_config
+    redis = _redis(redis_config) or streaming.redis
+    with _default.lock:
+        if streaming._limiter is not None:
+            if (wanted or StreamLeaseConfig()) != streaming._limiter.config or redis != streaming.redis:
+                raise ConfigurationError(
+                    "init_lease_limiter() comes too late: leases are in use with other settings; call it at start-up, "
+                    "or `await shutdown_streaming()` first"
+                )
+            return streaming._limiter
+        streaming.lease_config = wanted
+        streaming.redis = redis
+        streaming._use_memory = use_memory
+    return streaming.leases
+
+
+def init_channels(
+    redis_config: QueueRedisConfig | str | None = None, config: ChannelConfig | None = None
+) -> ChannelConfig:
+    """Refine the process default's settings of queued streaming."""
+    streaming = current_streaming()
+    with _default.lock:
+        streaming.channel_config = _typed("config", config, ChannelConfig) or streaming.channel_config
+        streaming.redis = _redis(redis_config) or streaming.redis
+    return streaming.channel_config or ChannelConfig()
+
+
+def init_event_storage(
+    host: str = "localhost",
+    port: int = 9200,
+    index_prefix: str = "stream_events",
+    *,
+    use_ssl: bool = False,
+    auth_type: str = "none",
+    **options: Any,
+) -> None:
+    """Set up the OpenSearch record of events. This version has none: it raises `ConfigurationError`."""
+    raise ConfigurationError("the OpenSearch record of events is not part of this version")
+
+
+async def shutdown_streaming() -> None:
+    """Close the process default. The next use builds a new one."""
+    with _default.lock:
+        streaming, _default.streaming, _default.asked = _default.streaming, None, None
+    if streaming is not None:
+        await streaming.aclose()
+
+
+class _Default:
+    """The process default, and the call that made it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.streaming: Streaming | None = None
+        self.asked: tuple[Any, ...] | None = None
+
+
+_default = _Default()
+
+
+def _from_environment() -> Streaming:
+    return Streaming(
+        QueueRedisConfig.from_env(),
+        leases=StreamLeaseConfig.from_env(),
+        channels=ChannelConfig.from_env(),
+        _streams=default_streams,
+    )
+
+
+def _default_leases() -> StreamLeaseLimiter:
+    return current_streaming().leases
+
+
+def _redis(given: str | QueueRedisConfig | None) -> QueueRedisConfig | None:
+    return QueueRedisConfig(given) if isinstance(given, str) else _typed("redis", given, QueueRedisConfig)
+
+
+def _typed(name: str, value: Any, kind: type[Any]) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigurationError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
