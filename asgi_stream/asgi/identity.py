@@ -19,6 +19,23 @@ Identify = Callable[[Scope], str | None]
 
 _FORWARDING = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip"})
 
+# Where proxies stand: RFC 1918, loopback, link-local, shared address space (RFC 6598), unique local. Not `is_private`,
+# which also counts networks that are only reserved.
+_PROXY_NETWORKS = [
+    ipaddress.ip_network(network)
+    for network in (
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "100.64.0.0/10",
+        "::1/128",
+        "fe80::/10",
+        "fc00::/7",
+    )
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -72,7 +89,9 @@ def _by_address(scope: Scope) -> Identity:
             host = str(ipaddress.ip_network((address, 64), strict=False))
     if isinstance(address, ipaddress.IPv4Address):
         host = str(address)
-    proxied = address.is_private and any(name in _FORWARDING for name, _ in scope.get("headers", ()))
+    proxied = any(address in network for network in _PROXY_NETWORKS) and any(
+        name in _FORWARDING for name, _ in scope.get("headers", ())
+    )
     if proxied:
         _warn_proxied(host)
     return Identity(address_key(host), by_user=False, proxied=proxied)

@@ -86,7 +86,7 @@ class StreamLeaseMiddleware:
             if kind == "http":
                 await request.run(self.app)
             else:
-                await self.app(request.scope, receive, request.send_websocket)
+                await request.run_websocket(self.app)
         finally:
             current_hold.reset(token)
             request.close()
@@ -266,15 +266,29 @@ class _Request:
             self._registered = True
             self._streams.add(self)
 
+    async def run_websocket(self, app: ASGIApp) -> None:
+        try:
+            await app(self.scope, self._receive, self.send_websocket)
+        except StreamLimitExceeded as exc:
+            if not self._refused:
+                await self._refuse(exc)
+
     async def send_websocket(self, message: Message) -> None:
         kind = message["type"]
         if self._refused:
+            return
+        if kind == "websocket.http.response.start" and self.hold.refusal is not None and not self._can_deny():
+            await self._refuse(self.hold.refusal)
             return
         if kind == "websocket.accept" and not self.hold.leases and not await self.admit():
             return
         if kind in ("websocket.close", "websocket.http.response.start"):
             self.hold.release()
         await self._client_send(message)
+
+    def _can_deny(self) -> bool:
+        """Whether the server can answer a handshake with an HTTP response (ASGI's extension for it)."""
+        return "websocket.http.response" in (self.scope.get("extensions") or {})
 
     # An OpenStream: what shutdown asks of a stream that somebody else makes
 

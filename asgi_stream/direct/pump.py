@@ -356,7 +356,8 @@ class Pump:
         if reason is not None:
             return Outcome("cancelled", reason, self.items, None, duration)
         if error is not None:
-            if isinstance(error, OSError) and self.sending:
+            # How servers report a lost client in `send`. A TimeoutError is an OSError too, but a middleware's.
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError) and self.sending:
                 return Outcome("cancelled", "disconnect", self.items, error, duration)
             return Outcome("failed", type(error).__name__, self.items, error, duration)
         return Outcome("complete", None, self.items, None, duration)
