@@ -46,7 +46,7 @@ async def fails(exc: BaseException, *items: Any) -> AsyncIterator[Any]:
 
 
 def rate_limited() -> openai.RateLimitError:
-    response = httpx.Response(429, headers={"retry-after": "7"}, request=httpx.Request("POST", "http://upstream"))
+    response: Any = httpx.Response(429, headers={"retry-after": "7"}, request=httpx.Request("POST", "http://upstream"))
     return openai.RateLimitError("secret text of the upstream", response=response, body=None)
 
 

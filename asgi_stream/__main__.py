@@ -1,0 +1,5 @@
+"""``python -m asgi_stream``."""
+
+from asgi_stream.cli import main
+
+main()
