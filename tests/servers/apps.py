@@ -1,0 +1,214 @@
+"""The applications that the servers of these tests run: the same streams in every framework.
+
+What happens is appended to the file that ``TEST_LOG`` names, with the time of one clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from asgi_stream import EventStreamResponse, StreamLeaseMiddleware, stream_lease
+
+_variable: ContextVar[str] = ContextVar("variable", default="unset")
+
+
+def record(line: str) -> None:
+    with open(os.environ["TEST_LOG"], "a") as file:
+        file.write(f"{time.monotonic():.6f} {line}\n")
+
+
+async def waiting() -> AsyncIterator[str]:
+    """One token, then a minute of waiting for an upstream."""
+    task = asyncio.current_task()
+    _variable.set("kept")
+    try:
+        yield "token"
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.001)
+        same = "same-task" if asyncio.current_task() is task else "other-task"
+        record(f"closed {same} {_variable.get()}")
+
+
+async def flood() -> AsyncIterator[bytes]:
+    """More than any buffer holds, for a client that does not read."""
+    while True:
+        yield b"data: " + b"x" * 4000 + b"\n\n"
+        await asyncio.sleep(0)
+
+
+async def short() -> AsyncIterator[str]:
+    """A stream that ends by itself soon."""
+    for n in range(3):
+        yield str(n)
+        await asyncio.sleep(0.02)
+
+
+def streams(path: str) -> EventStreamResponse:
+    return EventStreamResponse(flood() if path == "/flood" else waiting())
+
+
+class Probe:
+    """Outermost: records when the server tells that the client has left."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/ready":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+            return
+
+        async def watched() -> Any:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                record("noticed")
+            return message
+
+        await self.app(scope, watched if scope["type"] == "http" else receive, send)
+
+
+async def _plain(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        record("lifespan over")
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    await streams(scope["path"])(scope, receive, send)
+
+
+def _starlette() -> Any:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    async def endpoint(request: Request) -> Any:
+        return streams(request.url.path)
+
+    async def foreign(request: Request) -> Any:
+        return StreamingResponse(foreign_stream(), media_type="text/event-stream")
+
+    async def foreign_stream() -> AsyncIterator[str]:
+        try:
+            yield "data: token\n\n"
+            await asyncio.sleep(60)
+        finally:
+            record("closed")  # no `await` here: under Starlette's own response it would be cancelled again
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        yield
+        record("lifespan over")
+
+    routes = [Route("/wait", endpoint), Route("/flood", endpoint), Route("/foreign", foreign)]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.add_middleware(StreamLeaseMiddleware, identify=lambda scope: str(id(scope)))
+    return app
+
+
+def _fastapi() -> Any:
+    from fastapi import FastAPI
+
+    app = FastAPI()
+
+    @app.get("/wait")
+    async def wait() -> EventStreamResponse:
+        return streams("/wait")
+
+    return app
+
+
+def _litestar() -> Any:
+    from litestar import Litestar, asgi
+
+    @asgi("/wait")
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await streams("/wait")(scope, receive, send)
+
+    return Litestar([wait])
+
+
+def _quart() -> Any:
+    from quart import Quart
+
+    app = Quart(__name__)
+    inner = app.asgi_app
+
+    async def with_streams(scope: Any, receive: Any, send: Any) -> None:
+        # Quart's way to put an ASGI application beside its own routes: wrap `asgi_app`.
+        if scope["type"] == "http" and scope["path"] == "/wait":
+            await streams("/wait")(scope, receive, send)
+        else:
+            await inner(scope, receive, send)
+
+    app.asgi_app = with_streams  # type: ignore[method-assign]
+    return app
+
+
+def _leases() -> Any:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+
+    from asgi_stream import StreamLimitExceeded
+    from asgi_stream.runtime import current_streaming
+
+    async def frames() -> AsyncIterator[str]:
+        async for token in short():
+            yield f"data: {token}\n\n"
+
+    async def as_written(request: Request) -> Any:
+        try:
+            async with stream_lease("ann"):
+                return StreamingResponse(frames(), media_type="text/event-stream")
+        except StreamLimitExceeded:
+            raise HTTPException(429, "Too many concurrent streams") from None
+
+    async def ours(request: Request) -> Any:
+        async with stream_lease("ann"):
+            return EventStreamResponse(short())
+
+    async def handed_over(request: Request) -> Any:
+        async with stream_lease("ann") as lease:
+            return EventStreamResponse(short(), lease=lease)
+
+    async def in_generator(request: Request) -> Any:
+        async def generate() -> AsyncIterator[str]:
+            async with stream_lease("ann"):
+                async for token in short():
+                    yield token
+
+        return EventStreamResponse(generate())
+
+    async def in_use(request: Request) -> Any:
+        return JSONResponse(current_streaming().leases.in_use("ann"))
+
+    endpoints = [as_written, ours, handed_over, in_generator, in_use]
+    app = Starlette(routes=[Route(f"/{endpoint.__name__}", endpoint) for endpoint in endpoints])
+    if os.environ.get("TEST_MIDDLEWARE"):
+        app.add_middleware(StreamLeaseMiddleware)
+    return app
+
+
+_MAKERS = {
+    "plain": lambda: _plain,
+    "starlette": _starlette,
+    "fastapi": _fastapi,
+    "litestar": _litestar,
+    "quart": _quart,
+    "leases": _leases,
+}
+
+if "TEST_APP" in os.environ:  # one process loads one framework
+    app = Probe(_MAKERS[os.environ["TEST_APP"]]())

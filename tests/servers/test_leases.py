@@ -1,0 +1,69 @@
+"""Limits over real sockets, again and again [L1] [L6]."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.servers.harness import Client, Server, serve
+
+pytestmark = pytest.mark.matrix
+
+LIMIT = 5
+ROUNDS = 60
+
+
+def in_use(server: Server) -> int:
+    client = Client(server.port, "/in_use")
+    client.read_until(b"\r\n\r\n")
+    length = int(client.received.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(client.received.split(b"\r\n\r\n", 1)[1]) < length:
+        client.received += client.socket.recv(100)
+    client.close()
+    return int(json.loads(client.received.split(b"\r\n\r\n", 1)[1]))
+
+
+def until_free(server: Server, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while in_use(server) != count:
+        assert time.monotonic() < deadline, f"{in_use(server)} slots in use, not {count}"
+
+
+@pytest.mark.parametrize(
+    ("path", "middleware"),
+    [("as_written", True), ("ours", False), ("ours", True), ("handed_over", False), ("in_generator", False)],
+)
+def test_five_stream_and_the_sixth_is_refused_many_times_over(path: str, middleware: bool) -> None:
+    environ = {"TEST_MIDDLEWARE": "1"} if middleware else {}
+    with serve("uvicorn httptools", "leases", environ) as server:
+        for n in range(ROUNDS):
+            clients = [Client(server.port, f"/{path}") for _ in range(LIMIT)]
+            for client in clients:
+                assert client.status == 200
+            refused = Client(server.port, f"/{path}")
+            assert refused.status == 429
+            refused.close()
+            if n % 3 == 0:
+                clients.pop().vanish()
+            elif n % 3 == 1:
+                clients.pop().close()
+            for client in clients:
+                assert b"data: 2\n\n" in client.read_to_end()
+                client.close()
+            # Some more that vanish before their first byte.
+            for _ in range(3):
+                Client(server.port, f"/{path}").vanish()
+            until_free(server, 0)
+
+
+def test_the_block_without_middleware_warns_and_limits_nothing() -> None:
+    with serve("uvicorn httptools", "leases") as server:
+        clients = [Client(server.port, "/as_written") for _ in range(LIMIT + 1)]
+        assert [client.status for client in clients] == [200] * (LIMIT + 1)
+        for client in clients:
+            client.read_to_end()
+            client.close()
+        assert server.output.count("StreamLeaseWarning") == 1
+        assert "app.add_middleware(StreamLeaseMiddleware)" in server.output
