@@ -90,7 +90,7 @@ class Streaming:
 
     async def aclose(self) -> None:
         """End what is open and give back what was taken. Calling it again does nothing."""
-        self.streams.begin_shutdown()
+        self.streams.end_all()
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.__exit__()

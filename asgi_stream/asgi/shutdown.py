@@ -77,24 +77,35 @@ class OpenStreams:
 
     def begin_shutdown(self) -> None:
         """End every stream, from any thread; return at once. New streams are ended as they open."""
+        self._on_every_loop(closing=True)
+
+    def end_all(self) -> None:
+        """End every stream that is open now, from any thread; return at once."""
+        self._on_every_loop(closing=False)
+
+    def _on_every_loop(self, *, closing: bool) -> None:
         for loop in list(self._loops):
             try:
-                loop.call_soon_threadsafe(self._begin, loop)
+                loop.call_soon_threadsafe(self._end, loop, closing)
             except RuntimeError:
                 pass  # that loop is closed, and its streams with it
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _end(self, loop: asyncio.AbstractEventLoop, closing: bool) -> None:
         state = self._loops.get(loop)
         if state is None or state.closing:
             return
-        state.closing = True
-        for stream in list(state.streams):
+        state.closing = closing
+        if not state.streams:
+            return
+        streams = list(state.streams)
+        for stream in streams:
             stream.shutdown()
-        loop.call_later(CUT_AFTER, self._cut, state)
+        loop.call_later(CUT_AFTER, self._cut, state, streams)
 
-    def _cut(self, state: _Loop) -> None:
-        for stream in list(state.streams):
-            stream.cut()
+    def _cut(self, state: _Loop, streams: list[OpenStream]) -> None:
+        for stream in streams:
+            if stream in state.streams:
+                stream.cut()
 
 
 class _Signals:

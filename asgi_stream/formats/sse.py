@@ -20,6 +20,8 @@ class SSE:
     heartbeat: bytes | None = PING
 
     def frame(self, item: Any) -> bytes:
+        if type(item) is dict:  # what most producers yield, so it is asked first
+            return encode_data(json_bytes(item))
         if isinstance(item, str):
             if item.endswith("\n\n") and item.startswith(_FIELDS):
                 _warn_framed()
