@@ -207,7 +207,9 @@ class Pump:
         if self._running and self._task is not None:
             self._cancels += 1
             self._task.cancel()
-            self._loop_now().call_later(patience, self._cancel_again, patience)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop_now().call_later(patience, self._cancel_again, patience)
 
     def _cancel_again(self, patience: float) -> None:
         if self._running:
@@ -234,11 +236,13 @@ class Pump:
         self._arm(loop, monotonic())
 
     async def _watch(self) -> None:
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._client_left()
-                return
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except Exception:
+            logger.exception("`receive` raised: nobody can tell any more whether this stream's client has left")
+            return
+        self._client_left()
 
     def _arm(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         limits = self._limits
@@ -367,8 +371,11 @@ class Pump:
             return
         error = outcome.error
         if outcome.status == "failed" and error is not None:
-            if self.sending:  # it was `send` that failed, below us: nothing more gets out
-                raise error
+            if self.sending:  # nothing more gets out
+                if isinstance(error, ProducerTimeoutError):  # the client does not read
+                    abort_connection(self.send)
+                    return
+                raise error  # what a `send` below us raised
             if not self.headers_sent:
                 self._let_go()
                 raise error

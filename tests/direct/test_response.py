@@ -343,6 +343,45 @@ async def test_a_first_event_that_never_comes_is_a_504_while_the_headers_are_hel
     assert exchange.status == 504
 
 
+async def test_a_time_limit_ends_a_stream_whose_client_does_not_read() -> None:
+    """[D3] [S4]"""
+    outcomes: list[Outcome] = []
+    steps: list[str] = []
+
+    async def generate() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "a"
+                await asyncio.sleep(0)
+        finally:
+            steps.append("closed")
+
+    response = EventStreamResponse(generate(), max_duration=0.05, on_finish=outcomes.append)
+    exchange = Exchange(response, http_scope())
+    await exchange.until_body(b"data: a\n\n")
+    exchange.stop_reading()
+    await exchange.end()
+    assert (steps, [o.reason for o in outcomes], exchange.over) == (["closed"], ["max_duration"], False)
+
+
+async def test_a_receive_that_raises_is_logged_and_the_stream_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """[O3] Every task has an owner that sees its failure."""
+
+    async def generate() -> AsyncIterator[str]:
+        yield "a"
+        await asyncio.sleep(0.01)
+        yield "b"
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        async def raises() -> Any:
+            raise ValueError("no message for you")
+
+        await EventStreamResponse(generate())(scope, raises, send)
+
+    assert (await fetch(broken)).events[-1].event == "complete"
+    assert "no message for you" in caplog.text
+
+
 # The client leaves
 
 
