@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from asgi_stream import EventStreamResponse, StreamLeaseMiddleware, stream_lease
+from asgi_stream import EventStreamResponse, StreamEvent, StreamLeaseMiddleware, stream_lease
 
 _variable: ContextVar[str] = ContextVar("variable", default="unset")
 
@@ -201,7 +201,22 @@ def _leases() -> Any:
     return app
 
 
+async def _chat_completions(scope: Any, receive: Any, send: Any) -> None:
+    """OpenAI's protocol, with ids and heartbeats between the chunks: what breaks clients if it is not done right."""
+
+    async def generate() -> AsyncIterator[StreamEvent]:
+        for n, word in enumerate(["Hel", "lo"]):
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+            chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            yield StreamEvent(chunk, id=str(n))
+            await asyncio.sleep(0.3)
+        yield StreamEvent("[DONE]")
+
+    await EventStreamResponse(generate(), heartbeat=0.05, end_event=None)(scope, receive, send)
+
+
 _MAKERS = {
+    "chat": lambda: _chat_completions,
     "plain": lambda: _plain,
     "starlette": _starlette,
     "fastapi": _fastapi,
