@@ -17,6 +17,7 @@ from asgi_stream import events
 from asgi_stream.asgi.identity import Identify, Identity, authenticated_name, identify, warn_refused_by_address
 from asgi_stream.asgi.refusal import retry_after_seconds, send_problem
 from asgi_stream.asgi.shutdown import STREAMS_KEY, OpenStreams, ShutdownWatch, abort_connection
+from asgi_stream.asgi.tasks import cancellable_task
 from asgi_stream.errors import ConfigurationError, StreamLimitExceeded
 from asgi_stream.formats import SSE
 from asgi_stream.leases.handover import Hold, current_hold
@@ -153,8 +154,7 @@ class _Request:
         self._cancelled = 0
 
     async def run(self, app: ASGIApp) -> None:
-        task = asyncio.current_task()
-        self._task = task if isinstance(task, asyncio.Task) else None
+        self._task = cancellable_task()
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
@@ -204,8 +204,7 @@ class _Request:
     async def receive(self) -> Message:
         if self._stopped or self._refused:
             return {"type": "http.disconnect"}
-        reading = asyncio.current_task()
-        self._reading = reading if isinstance(reading, asyncio.Task) else None
+        self._reading = cancellable_task()
         try:
             message = await self._receive()
         except asyncio.CancelledError:

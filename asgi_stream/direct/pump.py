@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from asgi_stream.asgi.shutdown import OpenStreams, abort_connection
+from asgi_stream.asgi.tasks import cancellable_task
 from asgi_stream.direct.failures import ProducerTimeoutError, describe
 from asgi_stream.direct.outcome import OnFinish, Outcome, report
 from asgi_stream.direct.relay import SendError, relay
@@ -128,9 +129,8 @@ class Pump:
 
     async def run(self) -> None:
         """Stream to the end. Raises only what still has a response to become: the headers have not left then."""
-        task = asyncio.current_task()
-        if not isinstance(task, asyncio.Task):
-            # Some servers run requests in something that cannot be cancelled from within.
+        task = cancellable_task()
+        if task is None:
             await asyncio.get_running_loop().create_task(self.run())
             return
         self._task = task

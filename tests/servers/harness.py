@@ -22,6 +22,7 @@ SERVERS: dict[str, list[str]] = {
     "uvicorn httptools": ["uvicorn", "--loop", "uvloop", "--http", "httptools", "--log-level", "warning"],
     "uvicorn h11": ["uvicorn", "--loop", "asyncio", "--http", "h11", "--log-level", "warning"],
     "granian": ["granian", "--interface", "asgi", "--no-ws", "--log-level", "warning"],
+    "granian rust": ["granian", "--interface", "asgi", "--no-ws", "--task-impl", "rust", "--log-level", "warning"],
     "hypercorn": ["hypercorn", "-w", "0"],
     "uvicorn --workers 2": ["uvicorn", "--workers", "2", "--log-level", "warning"],
     "uvicorn --reload": ["uvicorn", "--reload", "--log-level", "warning"],

@@ -9,7 +9,7 @@ from tests.servers.harness import Client, Server, serve
 from tests.support import need_module
 
 FRAMEWORKS = ["plain", "starlette", "fastapi", "litestar", "quart"]
-SERVERS = ["uvicorn httptools", "uvicorn h11", "granian", "hypercorn"]
+SERVERS = ["uvicorn httptools", "uvicorn h11", "granian", "granian rust", "hypercorn"]
 
 pytestmark = pytest.mark.matrix
 
