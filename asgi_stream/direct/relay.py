@@ -106,7 +106,9 @@ def relay(source: AsyncGenerator[Any, None], frame: Callable[[Any], bytes], sink
                 if sink.busy is None and sink.headers_sent:
                     sink.sending = True
                     try:
-                        yield from send({"type": "http.response.body", "body": data, "more_body": True}).__await__()
+                        sent = send({"type": "http.response.body", "body": data, "more_body": True})
+                        # A coroutine, as nearly always, needs no iterator made for it.
+                        yield from sent if type(sent) is types.CoroutineType else sent.__await__()  # type: ignore[misc]
                     except Exception as exc:
                         raise SendError from exc
                     sink.sending = False
