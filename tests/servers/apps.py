@@ -201,6 +201,48 @@ def _leases() -> Any:
     return app
 
 
+def _leases_fastapi() -> Any:
+    from fastapi import Depends, FastAPI
+    from starlette.responses import StreamingResponse
+
+    from asgi_stream import StreamLease
+    from asgi_stream.fastapi import stream_lease_dep, stream_lease_for
+    from asgi_stream.runtime import current_streaming
+
+    app = FastAPI()
+    if os.environ.get("TEST_MIDDLEWARE"):
+        app.add_middleware(StreamLeaseMiddleware)
+
+    async def ann() -> str:  # not `def`: from a thread, it would take its slot after the test has looked
+        return "ann"
+
+    of_ann = stream_lease_for(ann)
+
+    async def frames() -> AsyncIterator[str]:
+        async for token in short():
+            yield f"data: {token}\n\n"
+
+    @app.get("/dependency")
+    async def dependency(lease: StreamLease = Depends(stream_lease_dep)) -> EventStreamResponse:
+        return EventStreamResponse(short())
+
+    @app.get("/dependency_foreign")
+    async def dependency_foreign(lease: StreamLease = Depends(of_ann)) -> StreamingResponse:
+        return StreamingResponse(frames(), media_type="text/event-stream")
+
+    @app.get("/all_together")
+    async def all_together(lease: StreamLease = Depends(of_ann)) -> EventStreamResponse:
+        async with stream_lease("ann") as inner:
+            return EventStreamResponse(short(), lease=inner)
+
+    @app.get("/in_use")
+    async def in_use() -> int:
+        limiter = current_streaming().leases
+        return limiter.in_use("ann") + limiter._store.in_use("addr:127.0.0.1")
+
+    return app
+
+
 async def _chat_completions(scope: Any, receive: Any, send: Any) -> None:
     """OpenAI's protocol, with ids and heartbeats between the chunks: what breaks clients if it is not done right."""
 
@@ -223,6 +265,7 @@ _MAKERS = {
     "litestar": _litestar,
     "quart": _quart,
     "leases": _leases,
+    "leases_fastapi": _leases_fastapi,
 }
 
 if "TEST_APP" in os.environ:  # one process loads one framework

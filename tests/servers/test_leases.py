@@ -32,12 +32,22 @@ def until_free(server: Server, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "middleware"),
-    [("as_written", True), ("ours", False), ("ours", True), ("handed_over", False), ("in_generator", False)],
+    ("app", "path", "middleware"),
+    [
+        ("leases", "as_written", True),
+        ("leases", "ours", False),
+        ("leases", "ours", True),
+        ("leases", "handed_over", False),
+        ("leases", "in_generator", False),
+        ("leases_fastapi", "dependency", False),
+        ("leases_fastapi", "dependency_foreign", False),
+        ("leases_fastapi", "dependency_foreign", True),
+        ("leases_fastapi", "all_together", True),
+    ],
 )
-def test_five_stream_and_the_sixth_is_refused_many_times_over(path: str, middleware: bool) -> None:
+def test_five_stream_and_the_sixth_is_refused_many_times_over(app: str, path: str, middleware: bool) -> None:
     environ = {"TEST_MIDDLEWARE": "1"} if middleware else {}
-    with serve("uvicorn httptools", "leases", environ) as server:
+    with serve("uvicorn httptools", app, environ) as server:
         for n in range(ROUNDS):
             clients = [Client(server.port, f"/{path}") for _ in range(LIMIT)]
             for client in clients:
@@ -52,10 +62,11 @@ def test_five_stream_and_the_sixth_is_refused_many_times_over(path: str, middlew
             for client in clients:
                 assert b"data: 2\n\n" in client.read_to_end()
                 client.close()
-            # Some more that vanish before their first byte.
-            for _ in range(3):
-                Client(server.port, f"/{path}").vanish()
             until_free(server, 0)
+        # And clients that vanish before their first byte; last, since the server may read their requests late.
+        for _ in range(ROUNDS * 3):
+            Client(server.port, f"/{path}").vanish()
+        until_free(server, 0)
 
 
 def test_the_block_without_middleware_warns_and_limits_nothing() -> None:
