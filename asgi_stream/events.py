@@ -173,6 +173,11 @@ def lone_surrogate(field: str, error: UnicodeEncodeError) -> InvalidEventError:
     )
 
 
+def now_ms() -> int:
+    """Return Unix time in milliseconds, the unit of every ``ts``."""
+    return time.time_ns() // 1_000_000
+
+
 def complete(
     result: Mapping[str, Any] | None = None,
     *,
@@ -222,7 +227,7 @@ def reset(
 def _event(
     name: str, data: dict[str, Any], event_id: str | None, ts: int | None, retry: int | None = None
 ) -> StreamEvent:
-    data["ts"] = time.time_ns() // 1_000_000 if ts is None else ts
+    data["ts"] = now_ms() if ts is None else ts
     return StreamEvent(data, name, event_id, retry)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 
-def _missing(what: str, install: str) -> None:
+def missing(what: str, install: str) -> None:
+    """Skip, or fail in CI, for want of *what*."""
     reason = f"{what} is needed: {install}"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
@@ -22,12 +23,12 @@ def need_module(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        _missing(name, "pip install -e '.[test]'")
+        missing(name, "pip install -e '.[test]'")
 
 
 def need_program(name: str, install: str) -> str:
     """Find a program on the PATH."""
     path = shutil.which(name)
     if path is None:
-        _missing(name, install)
+        missing(name, install)
     return str(path)

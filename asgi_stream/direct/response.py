@@ -84,21 +84,13 @@ class EventStreamResponse(Response):
             raise ConfigurationError(
                 f'on_disconnect must be "cancel", "finish" or seconds of grace, not {on_disconnect!r}'
             )
-        for name, seconds in (
-            ("start_within", start_within),
-            ("heartbeat", heartbeat),
-            ("first_event_timeout", first_event_timeout),
-            ("idle_timeout", idle_timeout),
-            ("max_duration", max_duration),
-        ):
-            if seconds is not None and not _is_seconds(seconds):
-                raise ConfigurationError(f"{name} must be seconds (0 turns it off), not {seconds!r}")
         if end_event is not None and end_event != "complete":
             StreamEvent(None, end_event)  # raises for a name that no event can have
         self._format = resolve(format)
         self._items = as_async_generator(items)
         self._lease = self._take(lease)
-        self._limits = Limits(start_within or 0, heartbeat, first_event_timeout, idle_timeout, max_duration)
+        seconds = (start_within, heartbeat, first_event_timeout, idle_timeout, max_duration)
+        self._limits = _DEFAULT_LIMITS if seconds == _DEFAULT_SECONDS else _limits(seconds)
         self._on_disconnect = on_disconnect
         self._end_event = end_event
         self._on_finish = on_finish
@@ -197,6 +189,18 @@ class EventStreamResponse(Response):
         body = {"title": failure.message, "status": failure.status, "code": failure.code, "id": failure.id}
         response = JSONResponse(body, failure.status, headers, media_type="application/problem+json")
         await response(scope, receive, send)
+
+
+_DEFAULT_SECONDS = (1.0, 15.0, 120.0, 300.0, 3600.0)
+_DEFAULT_LIMITS = Limits(*_DEFAULT_SECONDS)
+
+
+def _limits(seconds: tuple[float | None, ...]) -> Limits:
+    names = ("start_within", "heartbeat", "first_event_timeout", "idle_timeout", "max_duration")
+    for name, value in zip(names, seconds, strict=True):
+        if value is not None and not _is_seconds(value):
+            raise ConfigurationError(f"{name} must be seconds (0 turns it off), not {value!r}")
+    return Limits(*(value or 0 for value in seconds))
 
 
 def _is_seconds(value: object) -> bool:

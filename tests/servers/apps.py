@@ -13,7 +13,10 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from starlette.responses import Response
+
 from asgi_stream import EventStreamResponse, StreamEvent, StreamLeaseMiddleware, stream_lease
+from asgi_stream.leases.memory import MemoryLeaseStore
 
 _variable: ContextVar[str] = ContextVar("variable", default="unset")
 
@@ -66,13 +69,30 @@ class Probe:
             await send({"type": "http.response.body", "body": b""})
             return
 
+        streaming = over = False
+
         async def watched() -> Any:
+            nonlocal over
             message = await receive()
             if message["type"] == "http.disconnect":
                 record("noticed")
+                if streaming and not over:
+                    record("over: the client left")
+                    over = True
             return message
 
-        await self.app(scope, watched if scope["type"] == "http" else receive, send)
+        async def sent(message: Any) -> None:
+            nonlocal streaming, over
+            streaming = streaming or message.get("status") == 200
+            if streaming and not over and not message.get("more_body", True):
+                record("over: the last byte")
+                over = True
+            await send(message)
+
+        if scope["type"] == "http" and scope["path"] != "/in_use":
+            await self.app(scope, watched, sent)
+        else:
+            await self.app(scope, receive, send)
 
 
 async def _plain(scope: Any, receive: Any, send: Any) -> None:
@@ -154,7 +174,20 @@ def _quart() -> Any:
     return app
 
 
+class _RecordingStore(MemoryLeaseStore):
+    def release(self, key: str, lease_id: int) -> bool:
+        record("freed")
+        return super().release(key, lease_id)
+
+
+def _record_releases() -> None:
+    from asgi_stream.runtime import current_streaming
+
+    current_streaming().leases._store = _RecordingStore()
+
+
 def _leases() -> Any:
+    _record_releases()
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
@@ -202,6 +235,7 @@ def _leases() -> Any:
 
 
 def _leases_fastapi() -> Any:
+    _record_releases()
     from fastapi import Depends, FastAPI
     from starlette.responses import StreamingResponse
 
@@ -257,7 +291,23 @@ async def _chat_completions(scope: Any, receive: Any, send: Any) -> None:
     await EventStreamResponse(generate(), heartbeat=0.05, end_event=None)(scope, receive, send)
 
 
+async def _event_source(scope: Any, receive: Any, send: Any) -> None:
+    """A page whose EventSource reads a stream to its end, and comes back by itself."""
+    if scope["path"] != "/stream":
+        await Response("<!doctype html><title>page</title>", media_type="text/html")(scope, receive, send)
+        return
+
+    async def generate() -> AsyncIterator[StreamEvent]:
+        record("began")
+        yield StreamEvent("word", retry=10)
+        await asyncio.sleep(0.1)
+        yield StreamEvent({"words": 2}, "sum")
+
+    await EventStreamResponse(generate(), heartbeat=0.03)(scope, receive, send)
+
+
 _MAKERS = {
+    "event_source": lambda: _event_source,
     "chat": lambda: _chat_completions,
     "plain": lambda: _plain,
     "starlette": _starlette,

@@ -10,6 +10,9 @@ cells: dict[tuple[str, str], float] = {}
 endings: dict[str, float] = {}
 """From a way to stop a server to the seconds until it had ended, streams open."""
 
+slots: dict[str, float] = {}
+"""From a way to hold leases to the longest seconds from the server's notice of a stream's end to its free slot."""
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if cells:
@@ -24,3 +27,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("signal → server ended, streams open, s")
         for name, seconds in endings.items():
             terminalreporter.line(f"{name:45}{seconds:.2f}")
+    if slots:
+        terminalreporter.section("stream over → slot free, longest, ms")
+        for name, seconds in slots.items():
+            terminalreporter.line(f"{name:45}{seconds * 1000:.2f}")

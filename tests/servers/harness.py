@@ -47,6 +47,8 @@ class Server:
             "hypercorn": ["--bind", f"127.0.0.1:{self.port}"],
             "gunicorn": ["--bind", f"127.0.0.1:{self.port}"],
         }[program]
+        if "--reload" in SERVERS[name]:
+            place += ["--reload-dir", self.folder.name]
         env = {**os.environ, "TEST_APP": app, "TEST_LOG": str(self.log_path), **(environ or {})}
         with open(self.output_path, "wb") as output:
             self.process = subprocess.Popen(
@@ -58,12 +60,12 @@ class Server:
                 cwd=Path(__file__).parents[2],
             )
         try:
-            self._wait_until_ready()
+            self.wait_until_ready()
         except BaseException:
             self.kill()
             raise
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         deadline = time.monotonic() + HANG
         while True:
             try:

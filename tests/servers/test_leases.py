@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.servers.conftest import slots
 from tests.servers.harness import Client, Server, serve
 
 pytestmark = pytest.mark.matrix
@@ -63,6 +64,12 @@ def test_five_stream_and_the_sixth_is_refused_many_times_over(app: str, path: st
                 assert b"data: 2\n\n" in client.read_to_end()
                 client.close()
             until_free(server, 0)
+        ends = sorted(float(line.split()[0]) for line in server.log if "over" in line)
+        freed = sorted(float(line.split()[0]) for line in server.log if "freed" in line)
+        assert len(ends) == len(freed) == ROUNDS * LIMIT
+        # The n-th slot is free this long after the server learned of the n-th end; negative: just before the last byte.
+        delays = [slot - end for end, slot in zip(ends, freed, strict=True)]
+        slots[f"{app} {path}{' + middleware' if middleware else ''}"] = max(delays)
         # And clients that vanish before their first byte; last, since the server may read their requests late.
         for _ in range(ROUNDS * 3):
             Client(server.port, f"/{path}").vanish()
