@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from asgi_stream.asgi.middleware import StreamLeaseMiddleware
+    from asgi_stream.asgi.sse_response import sse_response
     from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
     from asgi_stream.direct.outcome import Outcome
     from asgi_stream.direct.response import EventStreamResponse
@@ -44,6 +45,7 @@ _HOMES = {
     "init_lease_limiter": "runtime",
     "init_streaming": "runtime",
     "shutdown_streaming": "runtime",
+    "sse_response": "asgi.sse_response",
     "stream_lease": "runtime",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "init_lease_limiter",
     "init_streaming",
     "shutdown_streaming",
+    "sse_response",
     "stream_lease",
 ]
 

@@ -4,6 +4,8 @@ StreamError
 ├── InvalidEventError (ValueError)      an event that cannot be put on the wire
 ├── ConfigurationError (ValueError)     a setting, a key or a combination that cannot work
 ├── StreamLimitExceeded                 no lease was free
+├── RunEndedError                       a verb for a run that is over
+├── AttemptSupersededError              a verb of an attempt that another one has replaced
 ├── BackendError                        Redis or OpenSearch did not do what was asked
 └── MissingExtraError (ImportError)     an optional package is not installed
 
@@ -51,6 +53,25 @@ class StreamLimitExceeded(StreamError):  # noqa: N818 - a public name of the des
         self.in_use = limit if in_use is None else in_use
         self.retry_after = retry_after
         self.scope = scope
+
+
+class RunEndedError(StreamError):
+    """The run has its ending already, and nothing can follow it. ``ending`` is its name."""
+
+    def __init__(self, channel: str, ending: str) -> None:
+        super().__init__(f"the run of channel {channel} is over ({ending}); begin another one with a new context")
+        self.channel = channel
+        self.ending = ending
+
+
+class AttemptSupersededError(StreamError):
+    """A later attempt of the same job has begun: this one must stop, and may publish nothing any more [C7]."""
+
+    def __init__(self, channel: str, attempt: int, current: int) -> None:
+        super().__init__(f"attempt {attempt} of channel {channel} was given up; attempt {current} is running")
+        self.channel = channel
+        self.attempt = attempt
+        self.current = current
 
 
 class BackendError(StreamError):

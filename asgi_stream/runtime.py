@@ -5,15 +5,20 @@ Nothing here opens a connection or makes an event-loop object before it is used 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from asgi_stream.asgi.identity import Identify
 from asgi_stream.asgi.refusal import HTTPStreamLimitExceeded
 from asgi_stream.asgi.shutdown import OpenStreams, ShutdownWatch, default_streams
+from asgi_stream.channels.broker import Broker
+from asgi_stream.channels.hub import Hub
+from asgi_stream.channels.memory import MemoryBroker
 from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
 from asgi_stream.errors import ConfigurationError, StreamLeaseWarning
 from asgi_stream.leases.handover import LeaseBlock
@@ -56,8 +61,12 @@ class Streaming:
         self.secret = secret
         self.events_url = events_url
         self.streams = OpenStreams() if _streams is None else _streams
+        self.channel_redis = self.redis
         self._limiter: StreamLeaseLimiter | None = None
         self._use_memory = False
+        self._broker: Broker | None = None
+        self._hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
+        self._lock = threading.Lock()
         self._watch: ShutdownWatch | None = None
 
     @property
@@ -73,6 +82,33 @@ class Streaming:
                 )
             self._limiter = StreamLeaseLimiter(self.lease_config, refusal=HTTPStreamLimitExceeded)
         return self._limiter
+
+    @property
+    def channel_settings(self) -> ChannelConfig:
+        """The settings of queued streaming."""
+        return self.channel_config or ChannelConfig()
+
+    @property
+    def broker(self) -> Broker:
+        """Where channels are kept, made on first use: Redis, or without one this process's memory."""
+        if self._broker is None:
+            with self._lock:
+                if self._broker is None:
+                    if self.channel_redis is None:
+                        self._broker = MemoryBroker(self.channel_settings)
+                    else:
+                        from asgi_stream.channels.redis import RedisBroker
+
+                        self._broker = RedisBroker(self.channel_redis, self.channel_settings)
+        return self._broker
+
+    def hub(self) -> Hub:
+        """The running event loop's hub, made on first use."""
+        loop = asyncio.get_running_loop()
+        hub = self._hubs.get(loop)
+        if hub is None:
+            hub = self._hubs[loop] = Hub(self.broker, self.channel_settings)
+        return hub
 
     def begin_shutdown(self) -> None:
         """End every open stream with `close` (`shutdown`). For servers that run in a thread; safe from any thread."""
@@ -94,6 +130,12 @@ class Streaming:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.__exit__()
+        hub = self._hubs.pop(asyncio.get_running_loop(), None)
+        if hub is not None:
+            await hub.aclose()
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await broker.aclose()
 
 
 def stream_lease(user_id: str, *, limit: int | None = None, limiter: StreamLeaseLimiter | None = None) -> LeaseBlock:
@@ -199,8 +241,8 @@ def init_channels(
     streaming = current_streaming()
     with _default.lock:
         streaming.channel_config = _typed("config", config, ChannelConfig) or streaming.channel_config
-        streaming.redis = _redis(redis_config) or streaming.redis
-    return streaming.channel_config or ChannelConfig()
+        streaming.channel_redis = _redis(redis_config) or streaming.channel_redis
+    return streaming.channel_settings
 
 
 def init_event_storage(

@@ -35,6 +35,11 @@ def encode(event: StreamEvent) -> bytes:
     return block
 
 
+def encode_block(event: StreamEvent) -> bytes:
+    """Return *event* without its id and without the blank line: what a channel's log puts its own id under."""
+    return encode(event if event.id is None else StreamEvent(event.data, event.event, None, event.retry))[:-1]
+
+
 def encode_text(text: str) -> bytes:
     """Return one event that has only data: *text*, in as many ``data:`` lines as it has lines.
 

@@ -1,0 +1,65 @@
+"""The seam between channels and where they are kept.
+
+A broker runs commands and carries what was appended to whoever subscribed: ordered per channel, live, and without a
+promise that nothing is lost on the way. What makes delivery whole is above it, in the hub: it notices gaps by the
+offsets and reads what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from asgi_stream.channels.commands import Command
+
+T = TypeVar("T")
+
+
+class Listener(Protocol):
+    """Who is told what a subscriber hears. Called in the subscriber's event loop."""
+
+    async def on_frames(self, frames: list[tuple[str, bytes]]) -> None:
+        """These were appended: channel and frame, in order, as many as came at once."""
+
+    def on_subscribed(self, channel: str) -> None:
+        """From now on everything appended to *channel* comes; also after every reconnection."""
+
+    def on_lost(self) -> None:
+        """The connection is gone: what is appended now does not come, until `on_subscribed` again."""
+
+
+class Subscriber(Protocol):
+    """One subscription connection of one event loop, for any number of channels [C4]. It reconnects by itself."""
+
+    def subscribe(self, channel: str) -> None:
+        """Ask for *channel*; the listener's `on_subscribed` says when it has begun."""
+
+    def unsubscribe(self, channel: str) -> None:
+        """Let *channel* go."""
+
+    async def aclose(self) -> None:
+        """End the connection. Nothing is told any more."""
+
+
+class Broker(Protocol):
+    """Where channels are kept. One object serves every thread and every event loop of its process."""
+
+    def run(self, command: Command[T]) -> T:
+        """Do it and wait. Raises `BackendError` when it could not be done in time."""
+
+    async def run_async(self, command: Command[T]) -> T:
+        """`run()` without blocking the event loop."""
+
+    def subscriber(self, listener: Listener) -> Subscriber:
+        """Make the running event loop's subscription connection."""
+
+    def close(self) -> None:
+        """Let go of what sync code used."""
+
+    async def aclose(self) -> None:
+        """Let go of what the running event loop used, too."""
+
+
+def unique(channels: Iterable[str]) -> list[str]:
+    """The same names, each once, in the same order."""
+    return list(dict.fromkeys(channels))

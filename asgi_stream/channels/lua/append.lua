@@ -1,0 +1,62 @@
+-- Append, publish, end: one step [C3].
+-- ARGV: candidate epoch, known epoch, known top, attempt, producer, sequence, ending, state, only if lost,
+--       max events, max bytes, ttl ms, PUBLISH or SPUBLISH, frames …
+local known_top, attempt, sequence = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
+local producer, ending, state = ARGV[5], ARGV[7], ARGV[8]
+local max_events, max_bytes, ttl, publish = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13]
+
+local m = redis.call('HMGET', meta, 'e', 'o', 'f', 'b', 'x', 'a', 'l', 'c', 'p:' .. producer)
+local epoch, top, first, bytes = m[1], tonumber(m[2]), tonumber(m[3]), tonumber(m[4])
+if not epoch or (epoch == ARGV[2] and top < known_top) then
+  epoch, top, first = open_log(ARGV[1], ARGV[2], known_top, ttl)
+  bytes = 0
+  m = {}
+end
+if producer ~= '' and m[9] then
+  local last_sequence, from, to = string.match(m[9], '(%d+) (%d+) (%d+)')
+  if sequence <= tonumber(last_sequence) then
+    return {'repeated', epoch, tonumber(from), tonumber(to), m[8] or ''}
+  end
+end
+if m[5] then return {'ended', m[5]} end
+if attempt > 0 and m[6] and attempt < tonumber(m[6]) then return {'superseded', tonumber(m[6])} end
+local now = now_ms()
+if ARGV[9] == '1' and (not m[7] or tonumber(m[7]) > now) then return {'alive'} end
+
+local from = top + 1
+for i = 14, #ARGV do
+  top = top + 1
+  local mark = (i == #ARGV and ending ~= '') and '.e\n\n' or '\n\n'
+  local frame = ARGV[i] .. 'id: ' .. epoch .. '.' .. base36(top) .. mark
+  redis.call('XADD', log, top .. '-0', 'f', frame)
+  redis.call(publish, log, frame)
+  bytes = bytes + #frame
+end
+
+-- The last event is kept whatever it weighs.
+while (top - first + 1 > max_events or bytes > max_bytes) and first < top do
+  local wanted = math.max(1, math.min(top - first + 1 - max_events, 64))
+  local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', wanted)
+  if #oldest == 0 then break end
+  for _, entry in ipairs(oldest) do
+    if (top - first + 1 > max_events or bytes > max_bytes) and first < top then
+      bytes = bytes - #entry[2][2]
+      first = first + 1
+    end
+  end
+  redis.call('XTRIM', log, 'MINID', first .. '-0')
+end
+
+if ending ~= '' then
+  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now, 's', ending, 'x', ending)
+elseif state ~= '' then
+  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now, 's', state)
+else
+  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now)
+end
+if producer ~= '' then
+  redis.call('HSET', meta, 'p:' .. producer, sequence .. ' ' .. from .. ' ' .. top)
+end
+redis.call('PEXPIRE', log, ttl)
+redis.call('PEXPIRE', meta, ttl)
+return {'ok', epoch, from, top, m[8] or ''}
