@@ -10,7 +10,9 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from asgi_stream.asgi.middleware import StreamLeaseMiddleware
     from asgi_stream.asgi.sse_response import sse_response
+    from asgi_stream.channels.client import AsyncStreamChannel, SyncStreamChannel
     from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
+    from asgi_stream.context import StreamContext
     from asgi_stream.direct.outcome import Outcome
     from asgi_stream.direct.response import EventStreamResponse
     from asgi_stream.errors import StreamError, StreamLeaseWarning, StreamLimitExceeded
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "AsyncStreamChannel": "channels.client",
     "ChannelConfig": "config",
     "EventStreamResponse": "direct.response",
     "Outcome": "direct.outcome",
     "QueueRedisConfig": "config",
+    "StreamContext": "context",
     "StreamError": "errors",
     "StreamEvent": "events",
     "StreamLease": "leases.limiter",
@@ -40,6 +44,7 @@ _HOMES = {
     "StreamLeaseWarning": "errors",
     "StreamLimitExceeded": "errors",
     "Streaming": "runtime",
+    "SyncStreamChannel": "channels.client",
     "init_channels": "runtime",
     "init_event_storage": "runtime",
     "init_lease_limiter": "runtime",
@@ -50,10 +55,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncStreamChannel",
     "ChannelConfig",
     "EventStreamResponse",
     "Outcome",
     "QueueRedisConfig",
+    "StreamContext",
     "StreamError",
     "StreamEvent",
     "StreamLease",
@@ -63,6 +70,7 @@ __all__ = [
     "StreamLeaseWarning",
     "StreamLimitExceeded",
     "Streaming",
+    "SyncStreamChannel",
     "init_channels",
     "init_event_storage",
     "init_lease_limiter",

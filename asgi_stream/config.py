@@ -81,7 +81,8 @@ class ChannelConfig:
     """How queued streams are kept and delivered. Times are in seconds.
 
     ``subscribe_timeout`` is the longest wait for a subscription's acknowledgement, and of one blocking read of a sync
-    channel. ``max_idle_time`` counts from the last event or sign of life of the producer. History is bounded by
+    channel. ``max_idle_time`` counts from the last event or sign of life of the producer; a producer that shows no
+    sign of life for ``producer_timeout`` is lost. History is bounded by
     ``max_events``, ``max_bytes`` and ``history_seconds`` after the last write.
     Environment: ``ASGI_STREAM_CHANNEL_`` and the name in capitals.
     """
@@ -90,6 +91,7 @@ class ChannelConfig:
     subscribe_timeout: float = 1.0
     ping_interval: float = 15.0
     max_idle_time: float = 300.0
+    producer_timeout: float = 30.0
     max_events: int = 10_000
     max_bytes: int = 8 * 1024 * 1024
     history_seconds: float = 3600.0
@@ -99,7 +101,7 @@ class ChannelConfig:
 
     def __post_init__(self) -> None:
         _key_part("key_prefix", self.key_prefix)
-        for name in ("subscribe_timeout", "ping_interval", "max_idle_time", "history_seconds"):
+        for name in ("subscribe_timeout", "ping_interval", "max_idle_time", "producer_timeout", "history_seconds"):
             _positive(name, getattr(self, name))
         for name in ("max_events", "max_bytes", "max_event_bytes", "viewer_backlog_bytes", "max_channels_per_stream"):
             _whole(name, getattr(self, name), least=1)

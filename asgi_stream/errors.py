@@ -5,6 +5,7 @@ StreamError
 ├── ConfigurationError (ValueError)     a setting, a key or a combination that cannot work
 ├── StreamLimitExceeded                 no lease was free
 ├── RunEndedError                       a verb for a run that is over
+├── RunCancelledError                   somebody asked for the run to stop
 ├── AttemptSupersededError              a verb of an attempt that another one has replaced
 ├── BackendError                        Redis or OpenSearch did not do what was asked
 └── MissingExtraError (ImportError)     an optional package is not installed
@@ -62,6 +63,15 @@ class RunEndedError(StreamError):
         super().__init__(f"the run of channel {channel} is over ({ending}); begin another one with a new context")
         self.channel = channel
         self.ending = ending
+
+
+class RunCancelledError(StreamError):
+    """The run is to stop: raised by `StreamContext.raise_if_cancelled()`. ``reason`` says why."""
+
+    def __init__(self, channel: str, reason: str) -> None:
+        super().__init__(f"the run of channel {channel} was cancelled: {reason}")
+        self.channel = channel
+        self.reason = reason
 
 
 class AttemptSupersededError(StreamError):

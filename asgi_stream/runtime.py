@@ -6,6 +6,7 @@ Nothing here opens a connection or makes an event-loop object before it is used 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from asgi_stream.asgi.identity import Identify
 from asgi_stream.asgi.refusal import HTTPStreamLimitExceeded
 from asgi_stream.asgi.shutdown import OpenStreams, ShutdownWatch, default_streams
 from asgi_stream.channels.broker import Broker
+from asgi_stream.channels.courier import Courier
 from asgi_stream.channels.hub import Hub
 from asgi_stream.channels.memory import MemoryBroker
 from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
@@ -61,10 +63,12 @@ class Streaming:
         self.secret = secret
         self.events_url = events_url
         self.streams = OpenStreams() if _streams is None else _streams
+        self.token = os.urandom(8).hex()  # tells this object's memory from that of another process
         self.channel_redis = self.redis
         self._limiter: StreamLeaseLimiter | None = None
         self._use_memory = False
         self._broker: Broker | None = None
+        self._courier: Courier | None = None
         self._hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._watch: ShutdownWatch | None = None
@@ -102,6 +106,16 @@ class Streaming:
                         self._broker = RedisBroker(self.channel_redis, self.channel_settings)
         return self._broker
 
+    @property
+    def courier(self) -> Courier:
+        """What sends for sync code, made on first use."""
+        if self._courier is None:
+            broker = self.broker
+            with self._lock:
+                if self._courier is None:
+                    self._courier = Courier(broker, 5.0)
+        return self._courier
+
     def hub(self) -> Hub:
         """The running event loop's hub, made on first use."""
         loop = asyncio.get_running_loop()
@@ -133,6 +147,9 @@ class Streaming:
         hub = self._hubs.pop(asyncio.get_running_loop(), None)
         if hub is not None:
             await hub.aclose()
+        courier, self._courier = self._courier, None
+        if courier is not None:
+            await asyncio.to_thread(courier.close)
         broker, self._broker = self._broker, None
         if broker is not None:
             await broker.aclose()
@@ -258,12 +275,23 @@ def init_event_storage(
     raise ConfigurationError("the OpenSearch record of events is not part of this version")
 
 
+def streaming_for(redis: str | QueueRedisConfig | None, channels: ChannelConfig | None) -> Streaming:
+    """The process's `Streaming` for a Redis of its own: made once for each, closed by `shutdown_streaming()`."""
+    key = (_redis(redis) or current_streaming().channel_redis, channels)
+    with _default.lock:
+        found = _default.others.get(key)
+        if found is None:
+            found = _default.others[key] = Streaming(key[0], channels=channels, _streams=default_streams)
+        return found
+
+
 async def shutdown_streaming() -> None:
     """Close the process default. The next use builds a new one."""
     with _default.lock:
         streaming, _default.streaming, _default.asked = _default.streaming, None, None
-    if streaming is not None:
-        await streaming.aclose()
+        others, _default.others = list(_default.others.values()), {}
+    for one in others if streaming is None else [streaming, *others]:
+        await one.aclose()
 
 
 class _Default:
@@ -273,6 +301,7 @@ class _Default:
         self.lock = threading.RLock()
         self.streaming: Streaming | None = None
         self.asked: tuple[Any, ...] | None = None
+        self.others: dict[Any, Streaming] = {}
 
 
 _default = _Default()

@@ -45,6 +45,7 @@ async def test_leases() -> None:
     async with Streaming() as streaming:
         assert_type(streaming, Streaming)
         assert_type(streaming.leases, StreamLeaseLimiter)
+    await shutdown_streaming()
     assert_type(init_streaming(), Streaming)
     async with stream_lease("ann") as lease:
         assert_type(lease, StreamLease)

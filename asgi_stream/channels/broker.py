@@ -7,10 +7,10 @@ offsets and reads what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 from asgi_stream.channels.commands import Command
+from asgi_stream.channels.model import Position
 
 T = TypeVar("T")
 
@@ -50,6 +50,9 @@ class Broker(Protocol):
     async def run_async(self, command: Command[T]) -> T:
         """`run()` without blocking the event loop."""
 
+    def wait(self, channel: str, after: Position, seconds: float) -> None:
+        """Block until something comes after a position, or for so long. May return early."""
+
     def subscriber(self, listener: Listener) -> Subscriber:
         """Make the running event loop's subscription connection."""
 
@@ -58,8 +61,3 @@ class Broker(Protocol):
 
     async def aclose(self) -> None:
         """Let go of what the running event loop used, too."""
-
-
-def unique(channels: Iterable[str]) -> list[str]:
-    """The same names, each once, in the same order."""
-    return list(dict.fromkeys(channels))

@@ -80,6 +80,7 @@ class MemoryBroker:
         self.config = config or ChannelConfig()
         self._clock = clock
         self._lock = threading.Lock()
+        self._appended = threading.Condition(self._lock)
         self._logs: dict[str, _Log] = {}
         self._subscribers: dict[str, set[MemorySubscriber]] = {}
         self._commands = itertools.count(1).__next__
@@ -94,6 +95,14 @@ class MemoryBroker:
 
     async def run_async(self, command: Command[T]) -> T:
         return self.run(command)
+
+    def wait(self, channel: str, after: Position, seconds: float) -> None:
+        def something() -> bool:
+            log = self._logs.get(channel)
+            return log is None or log.epoch != after.epoch or log.top > after.offset
+
+        with self._appended:
+            self._appended.wait_for(something, seconds)
 
     def subscriber(self, listener: Listener) -> MemorySubscriber:
         return MemorySubscriber(self, listener)
@@ -178,6 +187,7 @@ class MemoryBroker:
         if command.producer:
             log.producers[command.producer] = (command.sequence, first, log.top)
         self._keep(log, now)
+        self._appended.notify_all()
         return Appended(log.epoch, first, log.top, False, log.cancelling)
 
     def _read(self, log: _Log, command: Read, now: float) -> Page:

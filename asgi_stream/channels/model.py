@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asgi_stream.errors import ConfigurationError
+from asgi_stream.events import ENDINGS
 from asgi_stream.sse.decode import decode
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -118,9 +119,6 @@ class ChannelInfo:
     def ended(self) -> bool:
         """Whether the run is over."""
         return self.state in ENDINGS
-
-
-ENDINGS = ("complete", "failed", "cancelled")
 
 
 def position_of(frame: bytes) -> Position:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import hiredis
+from redis import exceptions  # here, not at first use: a process that is about to end can import nothing more
 
 from asgi_stream.channels.broker import Broker, Listener
 from asgi_stream.channels.commands import Command
+from asgi_stream.channels.model import Position
 from asgi_stream.channels.redis_commands import SCRIPTS, encode, log_key
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import BackendError, StreamError
-from asgi_stream.redis.locate import Location, OpenConnection, connect
+from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, OpenConnection, connect
 from asgi_stream.redis.pipe import RETRYABLE, Pipe, ReplyError, UnavailableError, pack
 from asgi_stream.redis.scripts import Call
 
@@ -66,12 +68,10 @@ class RedisBroker:
             pause = min(pause * 2, 0.5)
 
     def _evaluate(self, call: Call[Any]) -> Any:
-        from redis.exceptions import NoScriptError
-
         client = self._client()
         try:
             return client.execute_command(*call.words())
-        except NoScriptError:
+        except exceptions.NoScriptError:
             return client.execute_command(*call.words(whole=True))
 
     def _client(self) -> Any:
@@ -80,6 +80,16 @@ class RedisBroker:
                 if self._sync is None or self._pid != os.getpid():  # after a fork connections are made anew [O3]
                     self._sync, self._pid = self.location.sync_client(), os.getpid()
         return self._sync
+
+    def wait(self, channel: str, after: Position, seconds: float) -> None:
+        seconds = min(seconds, COMMAND_TIMEOUT - 1.0)  # a reply that comes later is taken for a dead connection
+        key = log_key(self.config, channel)
+        try:
+            self._client().xread({key: f"{after.offset}-0"}, count=1, block=max(round(seconds * 1000), 1))
+        except Exception as exc:
+            if not _may_pass(exc):
+                raise BackendError(f"Redis at {self.location}: {type(exc).__name__}: {exc}") from exc
+            time.sleep(min(seconds, 0.1))  # the read that follows says it if Redis stays away
 
     async def run_async(self, command: Command[T]) -> T:
         call = encode(command, self.config)
@@ -290,8 +300,6 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _may_pass_of_driver(error: BaseException) -> bool:
-    from redis import exceptions
-
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
         return False
     if isinstance(error, exceptions.ResponseError):

@@ -369,10 +369,12 @@ async def test_a_log_that_redis_evicted_is_a_gap_that_is_told(redis_url: str, na
 
 async def test_no_redis_is_an_error_that_says_where_and_hides_the_password() -> None:
     broker = RedisBroker(QueueRedisConfig("redis://ann:secret@127.0.0.1:1/0"), patience=0.1)
-    for attempt in (lambda: broker.run_async(Read("x")), lambda: asyncio.to_thread(broker.run, Read("x"))):
-        with pytest.raises(BackendError, match=r"redis://127\.0\.0\.1:1/0") as caught:
-            await attempt()
-        assert "secret" not in str(caught.value)
+    with pytest.raises(BackendError, match=r"redis://127\.0\.0\.1:1/0") as caught:
+        await broker.run_async(Read("x"))
+    assert "secret" not in str(caught.value)
+    with pytest.raises(BackendError, match=r"redis://127\.0\.0\.1:1/0") as caught:
+        await asyncio.to_thread(broker.run, Read("x"))
+    assert "secret" not in str(caught.value)
     await broker.aclose()
 
 
