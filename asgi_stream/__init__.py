@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from asgi_stream.asgi.app import StreamApp, stream_app
     from asgi_stream.asgi.middleware import StreamLeaseMiddleware
     from asgi_stream.asgi.sse_response import sse_response
     from asgi_stream.channels.client import AsyncStreamChannel, SyncStreamChannel
@@ -34,6 +35,7 @@ _HOMES = {
     "EventStreamResponse": "direct.response",
     "Outcome": "direct.outcome",
     "QueueRedisConfig": "config",
+    "StreamApp": "asgi.app",
     "StreamContext": "context",
     "StreamError": "errors",
     "StreamEvent": "events",
@@ -51,6 +53,7 @@ _HOMES = {
     "init_streaming": "runtime",
     "shutdown_streaming": "runtime",
     "sse_response": "asgi.sse_response",
+    "stream_app": "asgi.app",
     "stream_lease": "runtime",
 }
 
@@ -60,6 +63,7 @@ __all__ = [
     "EventStreamResponse",
     "Outcome",
     "QueueRedisConfig",
+    "StreamApp",
     "StreamContext",
     "StreamError",
     "StreamEvent",
@@ -77,6 +81,7 @@ __all__ = [
     "init_streaming",
     "shutdown_streaming",
     "sse_response",
+    "stream_app",
     "stream_lease",
 ]
 

@@ -111,6 +111,12 @@ class ChannelConfig:
         return _from_env(cls, "ASGI_STREAM_CHANNEL_", environ)
 
 
+def secret_from_env(environ: Mapping[str, str] | None = None) -> list[str] | None:
+    """Return the secrets of ``ASGI_STREAM_SECRET``, separated by commas: the first signs, all are accepted."""
+    text = (os.environ if environ is None else environ).get("ASGI_STREAM_SECRET")
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
 def _from_env(cls: type[T], prefix: str, environ: Mapping[str, str] | None) -> T:
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}

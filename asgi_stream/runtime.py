@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -17,12 +17,16 @@ from weakref import WeakKeyDictionary
 from asgi_stream.asgi.identity import Identify
 from asgi_stream.asgi.refusal import HTTPStreamLimitExceeded
 from asgi_stream.asgi.shutdown import OpenStreams, ShutdownWatch, default_streams
+from asgi_stream.asgi.tickets import Verb, check_secrets, issue
 from asgi_stream.channels.broker import Broker
+from asgi_stream.channels.commands import Revoke
 from asgi_stream.channels.courier import Courier
 from asgi_stream.channels.hub import Hub
 from asgi_stream.channels.memory import MemoryBroker
-from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig
+from asgi_stream.channels.model import check_channel
+from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig, secret_from_env
 from asgi_stream.errors import ConfigurationError, StreamLeaseWarning
+from asgi_stream.events import json_bytes
 from asgi_stream.leases.handover import LeaseBlock
 from asgi_stream.leases.limiter import StreamLeaseLimiter
 from asgi_stream.leases.policy import user_key
@@ -60,7 +64,7 @@ class Streaming:
         self.identify = identify
         self.workspaces = workspaces
         self.authorize = authorize
-        self.secret = secret
+        self.secrets = check_secrets(secret)
         self.events_url = events_url
         self.streams = OpenStreams() if _streams is None else _streams
         self.token = os.urandom(8).hex()  # tells this object's memory from that of another process
@@ -123,6 +127,29 @@ class Streaming:
         if hub is None:
             hub = self._hubs[loop] = Hub(self.broker, self.channel_settings)
         return hub
+
+    def ticket(
+        self, channel: str, *, verbs: Iterable[Verb] = ("read",), seconds: float = 300.0, user: str | None = None
+    ) -> str:
+        """Return a signed right to *channel* for `StreamApp`: ``?ticket=…`` of its URL [S3].
+
+        Its stream ends when *seconds* (at most a day) are over. Raises `ConfigurationError` without a secret.
+        """
+        return issue(self.secrets, check_channel(channel), verbs=verbs, seconds=seconds, user=user)
+
+    async def revoke_tickets(self, channel: str) -> None:
+        """Make the tickets for *channel* that were issued so far worthless, and end its streams in every process."""
+        await self.broker.run_async(Revoke(check_channel(channel)))
+        await self.close(channel=channel)
+
+    async def close(self, *, user: str | None = None, channel: str | None = None) -> None:
+        """End the streams of *user*, or of *channel*, in every process, with `close` (`revoked`) [S3].
+
+        It does not keep anybody from coming back who has the right to.
+        """
+        if (user is None) == (channel is None):
+            raise ConfigurationError("close() takes either user= or channel=")
+        await self.broker.announce(json_bytes({"close_user": user, "close_channel": channel}))
 
     def begin_shutdown(self) -> None:
         """End every open stream with `close` (`shutdown`). For servers that run in a thread; safe from any thread."""
@@ -216,7 +243,7 @@ def init_streaming(
             identify=identify,
             workspaces=workspaces,
             authorize=authorize,
-            secret=secret,
+            secret=secret if secret is not None else secret_from_env(),
             events_url=events_url,
             _streams=default_streams,
         )
@@ -312,6 +339,7 @@ def _from_environment() -> Streaming:
         QueueRedisConfig.from_env(),
         leases=StreamLeaseConfig.from_env(),
         channels=ChannelConfig.from_env(),
+        secret=secret_from_env(),
         _streams=default_streams,
     )
 

@@ -74,6 +74,21 @@ def authenticated_name(scope: Scope) -> str | None:
     return None
 
 
+def authenticated_owner(scope: Scope) -> str | None:
+    """The id of ``scope["user"]`` as an owner [S1]: ``identity`` or ``username``, never a name that is only shown."""
+    user = scope.get("user")
+    if user is None or not getattr(user, "is_authenticated", False):
+        return None
+    for attribute in ("identity", "username"):
+        try:
+            value: Any = getattr(user, attribute, None)
+        except NotImplementedError:
+            continue
+        if value is not None and str(value):
+            return str(value)
+    return None
+
+
 def _by_address(scope: Scope) -> Identity:
     client = scope.get("client")
     host = str(client[0]) if client else "unknown"

@@ -148,6 +148,7 @@ async def sse_response(
     max_age: float | None = None,
     expires_at: float | None = None,
     slow: Literal["disconnect", "drop_oldest"] = "disconnect",
+    user: str | None = None,
     status_code: int = 200,
     headers: Mapping[str, str] | None = None,
     background: BackgroundTask | None = None,
@@ -164,7 +165,7 @@ async def sse_response(
     is the silence after which a comment is sent (default: the channels' ``ping_interval``). ``max_age`` ends the
     connection with `close` (`max_age`); ``expires_at`` (Unix time) with `close` (`expired`). ``slow`` says what becomes
     of a client that reads so slowly that its backlog passes ``viewer_backlog_bytes``: its connection is dropped, or
-    it skips to the end of the log with `reset` (`slow`).
+    it skips to the end of the log with `reset` (`slow`). ``user`` is whom `Streaming.close(user=…)` finds it by.
     """
     if streaming is None:
         from asgi_stream.runtime import current_streaming
@@ -178,7 +179,7 @@ async def sse_response(
     return ChannelResponse(
         streaming,
         channels,
-        ViewerSettings(start_within, heartbeat or float("inf"), max_age, expires_at, slow),
+        ViewerSettings(start_within, heartbeat or float("inf"), max_age, expires_at, slow, user),
         last_event_id=last_event_id,
         lease=lease,
         status_code=status_code,

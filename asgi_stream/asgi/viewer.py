@@ -50,6 +50,7 @@ class ViewerSettings:
     max_age: float | None = None
     expires_at: float | None = None  # Unix seconds: when the right to read ends
     slow: Literal["disconnect", "drop_oldest"] = "disconnect"
+    user: str | None = None  # by whom its streams can be closed
 
 
 class ChannelViewer:
@@ -159,6 +160,10 @@ class ChannelViewer:
 
     def idle(self) -> None:
         self.close("idle")
+
+    def revoke(self, channel: str | None, user: str | None) -> None:
+        if (user is not None and user == self._settings.user) or any(leg.channel.name == channel for leg in self._legs):
+            self.close("revoked")
 
     def wake(self) -> None:
         self._parking.call()

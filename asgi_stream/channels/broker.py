@@ -24,6 +24,9 @@ class Listener(Protocol):
     def on_subscribed(self, channel: str) -> None:
         """From now on everything appended to *channel* comes; also after every reconnection."""
 
+    def on_announcement(self, message: bytes) -> None:
+        """Some process told all of them this, with `Broker.announce`."""
+
     def on_lost(self) -> None:
         """The connection is gone: what is appended now does not come, until `on_subscribed` again."""
 
@@ -52,6 +55,9 @@ class Broker(Protocol):
 
     def wait(self, channel: str, after: Position, seconds: float) -> None:
         """Block until something comes after a position, or for so long. May return early."""
+
+    async def announce(self, message: bytes) -> None:
+        """Tell all processes that listen at the moment. Raises `BackendError`."""
 
     def subscriber(self, listener: Listener) -> Subscriber:
         """Make the running event loop's subscription connection."""

@@ -354,6 +354,9 @@ class _Follower:
     def idle(self) -> None:
         pass
 
+    def revoke(self, channel: str | None, user: str | None) -> None:
+        pass
+
     def tick(self, now: float) -> float:
         return float("inf") if self.over else now + 10.0
 

@@ -118,3 +118,17 @@ class Cancel(Command[Status]):
 
     channel: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke(Command[Status]):
+    """Make every ticket for this channel that was issued before now worthless [S3]."""
+
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedAt(Command[float]):
+    """When tickets were revoked for the last time, in Unix seconds; 0 for never."""
+
+    channel: str

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 from collections import deque
@@ -49,6 +50,9 @@ class Viewer(Protocol):
 
     def idle(self) -> None:
         """Nothing has come for a long time, and nobody promised anything."""
+
+    def revoke(self, channel: str | None, user: str | None) -> None:
+        """Somebody ended the streams of a channel, or of a user."""
 
     def tick(self, now: float) -> float:
         """Called at about the time that was asked for; returns the next."""
@@ -325,6 +329,7 @@ class Hub:
         self._ticking: asyncio.TimerHandle | None = None
         self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._viewers: dict[Viewer, int] = {}  # with the number of their legs
 
     def join(self, viewer: Viewer, name: str, after: Position | None) -> Leg:
         """Begin to look at a channel, after a position or from the beginning of its history."""
@@ -339,6 +344,7 @@ class Hub:
             channel.linger.cancel()
             channel.linger = None
         channel.legs += 1
+        self._viewers[viewer] = self._viewers.get(viewer, 0) + 1
         return Leg(viewer, channel, after)
 
     def leave(self, leg: Leg) -> None:
@@ -347,6 +353,9 @@ class Hub:
         channel.live.discard(leg)
         channel.waiting.discard(leg)
         channel.legs -= 1
+        self._viewers[leg.viewer] -= 1
+        if not self._viewers[leg.viewer]:
+            del self._viewers[leg.viewer]
         if channel.legs == 0:
             channel.linger = self.loop.call_later(LINGER, self._forget, channel)
 
@@ -409,6 +418,16 @@ class Hub:
         if found is not None:
             found.subscribed = True
             found.sync(found._asked)
+
+    def on_announcement(self, message: bytes) -> None:
+        try:
+            told = json.loads(message)
+            channel, user = told.get("close_channel"), told.get("close_user")
+        except (ValueError, AttributeError):
+            logger.warning("an announcement could not be read: %r", message[:200])
+            return
+        for viewer in list(self._viewers):
+            viewer.revoke(channel, user)
 
     def on_lost(self) -> None:
         for channel in self._channels.values():

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -20,6 +21,8 @@ from asgi_stream.channels.commands import (
     Command,
     Page,
     Read,
+    Revoke,
+    RevokedAt,
     Status,
     Touch,
 )
@@ -50,6 +53,7 @@ class _Log:
         self.alive_until: float | None = None
         self.producers: dict[str, tuple[int, int, int]] = {}
         self.expires = 0.0
+        self.revoked_at = 0.0
 
     @property
     def first(self) -> int:
@@ -83,6 +87,7 @@ class MemoryBroker:
         self._appended = threading.Condition(self._lock)
         self._logs: dict[str, _Log] = {}
         self._subscribers: dict[str, set[MemorySubscriber]] = {}
+        self._all: set[MemorySubscriber] = set()
         self._commands = itertools.count(1).__next__
 
     def run(self, command: Command[T]) -> T:
@@ -104,8 +109,16 @@ class MemoryBroker:
         with self._appended:
             self._appended.wait_for(something, seconds)
 
+    async def announce(self, message: bytes) -> None:
+        with self._lock:
+            for subscriber in self._all:
+                subscriber._push("", message)
+
     def subscriber(self, listener: Listener) -> MemorySubscriber:
-        return MemorySubscriber(self, listener)
+        subscriber = MemorySubscriber(self, listener)
+        with self._lock:
+            self._all.add(subscriber)
+        return subscriber
 
     def close(self) -> None:
         pass
@@ -132,6 +145,10 @@ class MemoryBroker:
             case Cancel():
                 if log.ending is None and log.cancelling is None:
                     log.cancelling = command.reason
+            case Revoke():
+                log.revoked_at = time.time()
+            case RevokedAt():
+                return log.revoked_at
         self._keep(log, now)
         return log.status()
 
@@ -144,7 +161,7 @@ class MemoryBroker:
         if log is None or lost:
             old, log = log, _Log(now)
             if old is not None:
-                log.attempt, log.cancelling = old.attempt, old.cancelling
+                log.attempt, log.cancelling, log.revoked_at = old.attempt, old.cancelling, old.revoked_at
             self._logs[command.channel] = log
             self._keep(log, now)
         return log
@@ -240,6 +257,7 @@ class MemorySubscriber:
 
     async def aclose(self) -> None:
         with self._broker._lock:
+            self._broker._all.discard(self)
             for channel, subscribers in list(self._broker._subscribers.items()):
                 subscribers.discard(self)
                 if not subscribers:
@@ -266,7 +284,11 @@ class MemorySubscriber:
                 self._frames.clear()
                 self._told = False
             try:
-                await self._listener.on_frames(frames)
+                for announcement in [frame for name, frame in frames if not name]:
+                    self._listener.on_announcement(announcement)
+                frames = [(name, frame) for name, frame in frames if name]
+                if frames:
+                    await self._listener.on_frames(frames)
             except Exception:
                 logger.exception("a listener failed; it may have missed %d events", len(frames))
 

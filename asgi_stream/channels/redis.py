@@ -18,7 +18,7 @@ from redis import exceptions  # here, not at first use: a process that is about 
 from asgi_stream.channels.broker import Broker, Listener
 from asgi_stream.channels.commands import Command
 from asgi_stream.channels.model import Position
-from asgi_stream.channels.redis_commands import SCRIPTS, encode, log_key
+from asgi_stream.channels.redis_commands import SCRIPTS, announcements, encode, log_key
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import BackendError, StreamError
 from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, OpenConnection, connect
@@ -136,6 +136,12 @@ class RedisBroker:
             pipe = self._pipes[loop] = Pipe(open_connection)
         return pipe
 
+    async def announce(self, message: bytes) -> None:
+        try:
+            await self.pipe().call("PUBLISH", announcements(self.config), message)
+        except (UnavailableError, ReplyError) as exc:
+            raise BackendError(f"Redis at {self.location}: {exc}") from exc
+
     def subscriber(self, listener: Listener) -> RedisSubscriber:
         client = self.location.async_client()
         return RedisSubscriber(self, lambda: connect(client), listener)
@@ -171,7 +177,9 @@ class RedisSubscriber:
         self._changes: dict[bytes, bool] = {}  # what the next write asks for: True subscribe, False unsubscribe
         self._connection: OpenConnection | None = None
         self._probe = f"{broker.config.key_prefix}probe:{os.urandom(8).hex()}".encode()
+        self._announcements = announcements(broker.config).encode()
         self._heard = 0.0
+        self._told = False  # that the connection is lost
         self._probing: asyncio.TimerHandle | None = None
         self._task = self._loop.create_task(self._run())
 
@@ -212,22 +220,33 @@ class RedisSubscriber:
             try:
                 self._connection = connection = await self._connect()
                 pause = 0.05
-                keys = [self._probe, *self._channels]
+                keys = [self._probe, self._announcements, *self._channels]
                 connection.writer.write(pack("SUBSCRIBE", *keys))
                 self._changes.clear()
                 self._listen_for_probe()
+                if self._told:
+                    logger.info("the subscription to Redis is back")
+                    self._told = False
                 await self._read(connection)
-                logger.warning("Redis closed the subscription; connecting again")
+                self._tell("Redis closed the connection")
             except asyncio.CancelledError:
                 self._drop()
                 raise
             except Exception as exc:
-                logger.warning("the subscription to Redis was lost, connecting again: %s: %s", type(exc).__name__, exc)
+                self._tell(f"{type(exc).__name__}: {exc}")
             self._drop()
             self._listener.on_lost()
             # Jitter, so that the processes of an application do not come back together.
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, 0.5)
+
+    def _tell(self, reason: str) -> None:
+        """Once for each time that Redis is away."""
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "the subscription to Redis at %s was lost; connecting again: %s", self._broker.location, reason
+            )
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -251,6 +270,8 @@ class RedisSubscriber:
                     channel = channels.get(reply[1])
                     if channel is not None:
                         frames.append((channel, reply[2]))
+                    elif reply[1] == self._announcements:
+                        self._listener.on_announcement(reply[2])
                 elif kind == b"subscribe" and reply[1] in channels:
                     # In the order of the connection: frames before it were heard before it.
                     if frames:

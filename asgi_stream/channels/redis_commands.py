@@ -14,6 +14,8 @@ from asgi_stream.channels.commands import (
     Command,
     Page,
     Read,
+    Revoke,
+    RevokedAt,
     Status,
     Touch,
 )
@@ -28,15 +30,18 @@ SCRIPTS: dict[str, Script] = {
     name: load("asgi_stream.channels", "common", name) for name in ("append", "read", "producer")
 }
 
+REVOKED_FOR = 24 * 3600 * 1000
+"""Milliseconds for which it is remembered that tickets were revoked: no ticket is good for longer."""
+
 
 def log_key(config: ChannelConfig, channel: str) -> str:
     """The key of a channel's log, which is also the name that its events are published under."""
     return f"{config.key_prefix}{{{channel}}}"
 
 
-def channel_of(config: ChannelConfig, key: str) -> str:
-    """The channel of a `log_key`."""
-    return key[len(config.key_prefix) + 1 : -1]
+def announcements(config: ChannelConfig) -> str:
+    """The name that what all processes are told is published under."""
+    return f"{config.key_prefix}announcements"
 
 
 def encode(command: Command[T], config: ChannelConfig, publish: str = "PUBLISH") -> Call[T]:
@@ -124,6 +129,17 @@ def _(command: BeginAttempt, config: ChannelConfig, publish: str) -> Any:
 def _(command: Cancel, config: ChannelConfig, publish: str) -> Any:
     arguments = ("cancel", new_epoch(), _ttl(config), command.reason)
     return "producer", arguments, lambda reply: _status(reply, command.channel, 0)
+
+
+@_encode.register
+def _(command: Revoke, config: ChannelConfig, publish: str) -> Any:
+    arguments = ("revoke", new_epoch(), max(_ttl(config), REVOKED_FOR))
+    return "producer", arguments, lambda reply: _status(reply, command.channel, 0)
+
+
+@_encode.register
+def _(command: RevokedAt, config: ChannelConfig, publish: str) -> Any:
+    return "producer", ("revoked", new_epoch(), _ttl(config)), lambda reply: int(reply[1]) / 1000
 
 
 def _status(reply: Sequence[Any], channel: str, attempt: int) -> Status:

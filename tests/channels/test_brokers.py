@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asgi_stream.channels.broker import Broker
-from asgi_stream.channels.commands import Append, BeginAttempt, Cancel, Command, Read, Touch
+from asgi_stream.channels.commands import Append, BeginAttempt, Cancel, Command, Read, Revoke, RevokedAt, Touch
 from asgi_stream.channels.memory import MemoryBroker
 from asgi_stream.channels.model import Position
 from asgi_stream.channels.redis import RedisBroker
@@ -82,6 +83,7 @@ class Heard:
         self.frames: list[tuple[str, bytes]] = []
         self.subscribed: list[str] = []
         self.lost = 0
+        self.announced: list[bytes] = []
         self.changed = asyncio.Event()
 
     async def on_frames(self, frames: list[tuple[str, bytes]]) -> None:
@@ -90,6 +92,10 @@ class Heard:
 
     def on_subscribed(self, channel: str) -> None:
         self.subscribed.append(channel)
+        self.changed.set()
+
+    def on_announcement(self, message: bytes) -> None:
+        self.announced.append(message)
         self.changed.set()
 
     def on_lost(self) -> None:
@@ -287,6 +293,29 @@ async def test_subscribers_hear_everything_in_order(broker: Broker, name: str) -
         assert heard.frames[3][0] == other
     finally:
         await subscriber.aclose()
+
+
+async def test_announcements_reach_every_subscriber(broker: Broker, name: str) -> None:
+    heard = [Heard(), Heard()]
+    subscribers = [broker.subscriber(one) for one in heard]
+    for one, subscriber in zip(heard, subscribers, strict=True):
+        subscriber.subscribe(name)
+        await one.until(lambda one=one: name in one.subscribed)  # type: ignore[misc]
+    await broker.announce(b"hear")
+    for one in heard:
+        await one.until(lambda one=one: one.announced == [b"hear"])  # type: ignore[misc]
+    for subscriber in subscribers:
+        await subscriber.aclose()
+
+
+async def test_revoking_is_remembered(broker: Broker, name: str) -> None:
+    """[S3]"""
+    assert await broker.run_async(RevokedAt(name)) == 0.0
+    begun = time.time()
+    await broker.run_async(Revoke(name))
+    assert begun - 0.01 <= await broker.run_async(RevokedAt(name)) <= time.time() + 0.01
+    await broker.run_async(Append(name, (block("a"),), known=Position("AAAAAA", 1)))
+    assert await broker.run_async(RevokedAt(name)) > 0
 
 
 async def test_many_at_once(broker: Broker, name: str) -> None:

@@ -306,7 +306,70 @@ async def _event_source(scope: Any, receive: Any, send: Any) -> None:
     await EventStreamResponse(generate(), heartbeat=0.03)(scope, receive, send)
 
 
+class _AroundSend:
+    """A middleware that has a time limit around its `send`: asyncio's or anyio's."""
+
+    def __init__(self, app: Any, limit: Any) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def limited(message: Any) -> None:
+            manager = self.limit(20)
+            if hasattr(manager, "__aenter__"):
+                async with manager:
+                    await send(message)
+            else:
+                with manager:
+                    await send(message)
+
+        await self.app(scope, receive, limited)
+
+
+def _channels() -> Any:
+    import anyio
+    from starlette.applications import Starlette
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.requests import Request
+    from starlette.routing import Mount, Route
+
+    from asgi_stream import AsyncStreamChannel, StreamApp, init_streaming, sse_response
+
+    async def publish(request: Request) -> Response:
+        channel = AsyncStreamChannel(request.path_params["channel"])
+        first, last = int(request.query_params["first"]), int(request.query_params["last"])
+        for n in range(first, last):
+            await channel.publish(n)
+        if "end" in request.query_params:
+            await channel.close()
+        return Response("published")
+
+    async def view(request: Request) -> Response:
+        return await sse_response(request.path_params["channel"])
+
+    class Base(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: Any) -> Response:
+            return await call_next(request)  # type: ignore[no-any-return]
+
+    init_streaming()
+    stream_app = StreamApp(authorize=lambda request, channel, verb: True)
+    app = Starlette(
+        routes=[Route("/publish/{channel}", publish), Route("/view/{channel}", view), Mount("/e", stream_app)]
+    )
+    wrapper = os.environ.get("TEST_MIDDLEWARE")
+    if wrapper == "base":
+        app.add_middleware(Base)
+    elif wrapper == "asyncio":
+        app.add_middleware(_AroundSend, limit=asyncio.timeout)
+    elif wrapper == "anyio":
+        app.add_middleware(_AroundSend, limit=anyio.fail_after)
+    elif wrapper == "leases":
+        app.add_middleware(StreamLeaseMiddleware, identify=lambda scope: str(id(scope)))
+    return app
+
+
 _MAKERS = {
+    "channels": _channels,
     "event_source": lambda: _event_source,
     "chat": lambda: _chat_completions,
     "plain": lambda: _plain,

@@ -1,6 +1,7 @@
 -- What every script begins with. KEYS[1] is the log (a stream whose entry ids are offsets), KEYS[2] its state (a hash):
 --   e epoch   o top   f first offset kept   b bytes kept   s state   x ending   a attempt
 --   t last event or sign of life, ms   l until when the producer promised to be alive, ms   c why it is to be cancelled
+--   r when tickets were revoked, ms
 --   p:<producer> "<sequence> <first> <last>" of its last append
 local log, meta = KEYS[1], KEYS[2]
 
@@ -20,12 +21,13 @@ local function open_log(candidate, known_epoch, known_top, ttl)
   if epoch then
     -- A replica with older data was promoted. Its events' ids belong to the old epoch: nobody can tell which of them
     -- a viewer has seen.
-    kept = redis.call('HMGET', meta, 'a', 'c')
+    kept = redis.call('HMGET', meta, 'a', 'c', 'r')
   end
   redis.call('DEL', log, meta)
   redis.call('HSET', meta, 'e', candidate, 'o', 0, 'f', 1, 'b', 0, 's', 'waiting', 't', now_ms())
   if kept[1] then redis.call('HSET', meta, 'a', kept[1]) end
   if kept[2] then redis.call('HSET', meta, 'c', kept[2]) end
+  if kept[3] then redis.call('HSET', meta, 'r', kept[3]) end
   redis.call('PEXPIRE', meta, ttl)
   return candidate, 0, 1
 end

@@ -1,7 +1,11 @@
 -- What producers and those who stop them ask.
 -- ARGV: verb, candidate epoch, ttl ms, then
---   touch: attempt, seconds it is good for (ms)      attempt: –      cancel: reason
+--   touch: attempt, seconds it is good for (ms)      attempt: –      cancel: reason      revoke, revoked: –
 local verb, ttl = ARGV[1], tonumber(ARGV[3])
+if verb == 'revoked' then
+  -- A question only: it leaves nothing behind.
+  return {'ok', redis.call('HGET', meta, 'r') or '0'}
+end
 local epoch = open_log(ARGV[2], '', 0, ttl)
 local m = redis.call('HMGET', meta, 's', 'a', 'c', 'x')
 local attempt = tonumber(m[2] or 0)
@@ -19,7 +23,9 @@ elseif verb == 'cancel' then
     redis.call('HSET', meta, 'c', ARGV[4])
     m[3] = ARGV[4]
   end
+elseif verb == 'revoke' then
+  redis.call('HSET', meta, 'r', now)
 end
-redis.call('PEXPIRE', meta, ttl)
+if redis.call('PTTL', meta) < ttl then redis.call('PEXPIRE', meta, ttl) end
 redis.call('PEXPIRE', log, ttl)
 return {'ok', m[1], attempt, m[3] or '', epoch}
