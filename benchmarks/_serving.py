@@ -34,11 +34,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(command: list[str]) -> Iterator[Server]:
+def serve(command: list[str], port: int = 0) -> Iterator[Server]:
     """Start *command*, with ``{port}`` filled in; wait until it listens; stop it at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
     process = subprocess.Popen([part.replace("{port}", str(port)) for part in command])
     try:
         server = Server(port, psutil.Process(process.pid))
@@ -63,7 +64,7 @@ def serve(command: list[str]) -> Iterator[Server]:
 def uvicorn(factory: str) -> list[str]:
     """The command that serves ``module:function`` of this folder on its own port."""
     command = [sys.executable, "-m", "uvicorn", "--factory", factory, "--port", "{port}"]
-    return [*command, "--log-level", "warning", "--app-dir", str(HERE)]
+    return [*command, "--log-level", "critical", "--app-dir", str(HERE)]
 
 
 def go(folder: str) -> list[str] | None:

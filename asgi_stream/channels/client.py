@@ -291,17 +291,30 @@ class AsyncSender:
         self._streaming = streaming
         self._outgoing = outgoing
         self._queue: deque[tuple[list[bytes], str | None, str, int, asyncio.Future[Appended]]] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._busy = False
+        self._task: asyncio.Task[None] | None = None  # kept: a task that nothing refers to may be collected
 
     async def send(
         self, frames: list[bytes], *, ending: str | None = None, state: str = "running", attempt: int = 0
     ) -> Appended:
         """Append *frames*; return where they are when that is acknowledged."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Appended] = loop.create_future()
+        if not self._busy:
+            self._busy = True
+            try:
+                command = self._outgoing.append(frames, ending=ending, state=state, attempt=attempt)
+                try:
+                    appended = await self._streaming.broker.run_async(command)
+                except BaseException:
+                    self._outgoing.renew()
+                    raise
+                self._outgoing.done(appended)
+                return appended
+            finally:
+                self._busy = bool(self._queue)
+                if self._busy:
+                    self._task = asyncio.get_running_loop().create_task(self._run())
+        future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
         self._queue.append((frames, ending, state, attempt, future))
-        if self._task is None:
-            self._task = loop.create_task(self._run())
         return await future
 
     async def _run(self) -> None:
@@ -313,7 +326,7 @@ class AsyncSender:
                     batch.append(self._queue.popleft())
                 await self._send(batch)
         finally:
-            self._task = None
+            self._busy = False
 
     async def _send(self, batch: list[tuple[list[bytes], str | None, str, int, asyncio.Future[Appended]]]) -> None:
         frames = [frame for part, *_ in batch for frame in part]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import re
@@ -169,8 +170,20 @@ def base62(number: int, length: int) -> str:
 
 
 def new_epoch() -> str:
-    """A random word of 6 digits of base 62."""
-    return base62(int.from_bytes(os.urandom(8)), 6)
+    """A word of 6 digits of base 62 that this process has not made before, and that others do not make by chance."""
+    # Counted up from a random beginning: it is made for every command, and needed by the first of a log only.
+    if _epochs.pid != os.getpid():
+        _epochs.__init__()  # type: ignore[misc]
+    return base62(next(_epochs.numbers), 6)
+
+
+class _Epochs:
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.numbers = itertools.count(int.from_bytes(os.urandom(8)))
+
+
+_epochs = _Epochs()
 
 
 # Ids of channels

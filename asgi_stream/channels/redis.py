@@ -8,7 +8,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -34,8 +35,6 @@ PATIENCE = 5.0
 
 PROBE_AFTER = 5.0
 """Seconds of silence after which a subscription is asked for a message to itself, and which that may take."""
-
-_READ = 256 * 1024
 
 
 class RedisBroker:
@@ -122,15 +121,7 @@ class RedisBroker:
 
             async def open_connection() -> OpenConnection:
                 connection = await connect(client)
-                # Now, not at the first use: a script that is not there yet would run after those sent behind it.
-                for script in SCRIPTS.values():
-                    connection.writer.write(pack("SCRIPT", "LOAD", script.source))
-                replies = hiredis.Reader()
-                for _ in SCRIPTS:
-                    while (reply := replies.gets()) is False:
-                        replies.feed(await connection.reader.read(_READ))
-                    if isinstance(reply, hiredis.ReplyError):
-                        raise ReplyError(str(reply))
+                await _load_scripts(connection)
                 return connection
 
             pipe = self._pipes[loop] = Pipe(open_connection)
@@ -180,6 +171,8 @@ class RedisSubscriber:
         self._announcements = announcements(broker.config).encode()
         self._heard = 0.0
         self._told = False  # that the connection is lost
+        self._replies = hiredis.Reader()
+        self._handing: asyncio.Task[None] | None = None
         self._probing: asyncio.TimerHandle | None = None
         self._task = self._loop.create_task(self._run())
 
@@ -212,7 +205,7 @@ class RedisSubscriber:
         for verb, wanted in (("UNSUBSCRIBE", False), ("SUBSCRIBE", True)):
             keys = [key for key, want in changes.items() if want is wanted]
             if keys:
-                self._connection.writer.write(pack(verb, *keys))
+                self._connection.write(pack(verb, *keys))
 
     async def _run(self) -> None:
         pause = 0.05
@@ -221,13 +214,15 @@ class RedisSubscriber:
                 self._connection = connection = await self._connect()
                 pause = 0.05
                 keys = [self._probe, self._announcements, *self._channels]
-                connection.writer.write(pack("SUBSCRIBE", *keys))
+                connection.write(pack("SUBSCRIBE", *keys))
                 self._changes.clear()
                 self._listen_for_probe()
                 if self._told:
                     logger.info("the subscription to Redis is back")
                     self._told = False
-                await self._read(connection)
+                self._replies = hiredis.Reader()
+                connection.listen(self._receive)
+                await connection.lost
                 self._tell("Redis closed the connection")
             except asyncio.CancelledError:
                 self._drop()
@@ -254,36 +249,57 @@ class RedisSubscriber:
         if self._probing is not None:
             self._probing.cancel()
             self._probing = None
+        if self._handing is not None:
+            self._handing.cancel()
+            self._handing = None
         if connection is not None:
-            connection.writer.transport.abort()
+            connection.abort()
 
-    async def _read(self, connection: OpenConnection) -> None:
-        replies = hiredis.Reader()
+    def _receive(self, data: bytes) -> None:
+        """Hand on what came. While a large audience is written to, nothing more is read."""
+        self._replies.feed(data)
+        self._heard = self._loop.time()
+        handing = self._hand_on()
+        try:
+            held = handing.send(None)
+        except StopIteration:
+            return
+        assert self._connection is not None
+        self._connection.pause()
+        self._handing = self._loop.create_task(self._finish(handing, held, self._connection))
+
+    async def _finish(self, handing: Coroutine[Any, Any, None], held: Any, connection: OpenConnection) -> None:
+        try:
+            await _rest(handing, held)
+            connection.resume()
+        except Exception:
+            logger.exception("events could not be handed on; the connection is dropped")
+            connection.abort()
+
+    async def _hand_on(self) -> None:
         channels = self._channels
-        while block := await connection.reader.read(_READ):
-            replies.feed(block)
-            self._heard = self._loop.time()
-            frames: list[tuple[str, bytes]] = []
-            while (reply := replies.gets()) is not False:
-                kind = reply[0]
-                if kind == b"message":
-                    channel = channels.get(reply[1])
-                    if channel is not None:
-                        frames.append((channel, reply[2]))
-                    elif reply[1] == self._announcements:
-                        self._listener.on_announcement(reply[2])
-                elif kind == b"subscribe" and reply[1] in channels:
-                    # In the order of the connection: frames before it were heard before it.
-                    if frames:
-                        await self._listener.on_frames(frames)
-                        frames = []
-                    if reply[1] not in self._acknowledged:
-                        self._acknowledged.add(reply[1])
-                        self._listener.on_subscribed(channels[reply[1]])
-                elif kind == b"unsubscribe":
-                    self._acknowledged.discard(reply[1])  # of a channel that is wanted again, the next answer counts
-            if frames:
-                await self._listener.on_frames(frames)
+        frames: list[tuple[str, bytes]] = []
+        replies = self._replies
+        while (reply := replies.gets()) is not False:
+            kind = reply[0]
+            if kind == b"message":
+                channel = channels.get(reply[1])
+                if channel is not None:
+                    frames.append((channel, reply[2]))
+                elif reply[1] == self._announcements:
+                    self._listener.on_announcement(reply[2])
+            elif kind == b"subscribe" and reply[1] in channels:
+                # In the order of the connection: frames before it were heard before it.
+                if frames:
+                    await self._listener.on_frames(frames)
+                    frames = []
+                if reply[1] not in self._acknowledged:
+                    self._acknowledged.add(reply[1])
+                    self._listener.on_subscribed(channels[reply[1]])
+            elif kind == b"unsubscribe":
+                self._acknowledged.discard(reply[1])  # of a channel that is wanted again, the next answer counts
+        if frames:
+            await self._listener.on_frames(frames)
 
     def _listen_for_probe(self) -> None:
         self._heard = self._loop.time()
@@ -303,6 +319,44 @@ class RedisSubscriber:
             self._connection.abort()
             return
         self._send_probe()
+
+
+@types.coroutine
+def _rest(begun: Coroutine[Any, Any, None], held: Any) -> Generator[Any, Any, None]:
+    """Run a coroutine to its end that was begun by hand, and waits for *held*."""
+    while True:
+        if held is not None:
+            held._asyncio_future_blocking = True
+        try:
+            yield held
+            held = begun.send(None)
+        except StopIteration:
+            return
+
+
+async def _load_scripts(connection: OpenConnection) -> None:
+    """Now, not at the first use: a script that is not there yet would run after those sent behind it."""
+    replies = hiredis.Reader()
+    loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    missing = len(SCRIPTS)
+
+    def receive(data: bytes) -> None:
+        nonlocal missing
+        replies.feed(data)
+        while (reply := replies.gets()) is not False:
+            missing -= 1
+            if isinstance(reply, hiredis.ReplyError) and not loaded.done():
+                loaded.set_exception(ReplyError(str(reply)))
+        if not missing and not loaded.done():
+            loaded.set_result(None)
+
+    connection.listen(receive)
+    for script in SCRIPTS.values():
+        connection.write(pack("SCRIPT", "LOAD", script.source))
+    await asyncio.wait([loaded, connection.lost], return_when=asyncio.FIRST_COMPLETED)
+    if not loaded.done():
+        raise UnavailableError("Redis closed the connection")
+    loaded.result()
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from asgi_stream.config import QueueRedisConfig
 from asgi_stream.errors import ConfigurationError
+
+logger = logging.getLogger("asgi_stream")
 
 CONNECT_TIMEOUT = 2.0
 COMMAND_TIMEOUT = 5.0
@@ -111,17 +115,59 @@ def _hosts(parts: SplitResult, port: int) -> list[tuple[str, int]]:
     return hosts
 
 
-@dataclass
-class OpenConnection:
-    """A connection that redis-py has opened and greeted; ours to read and write from now on."""
+class OpenConnection(asyncio.Protocol):
+    """A connection that redis-py has opened and greeted; ours to read and write from now on.
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    owner: Any  # redis-py's own object; it must live as long
+    What comes is given to a callback as it is read: a reader task in between would cost every message a wake-up.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, owner: Any) -> None:
+        self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
+        self._owner = owner, reader, writer  # redis-py's own object, and the streams: they must live as long
+        self._on_data: Callable[[bytes], None] | None = None
+        self._early: list[bytes] = []
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection is."""
+        self.write: Callable[[bytes], None] = self._transport.write
+        self._transport.set_protocol(self)
+
+    def listen(self, on_data: Callable[[bytes], None]) -> None:
+        """Call *on_data* with everything that comes, and has come. An exception of it drops the connection."""
+        self._on_data = on_data
+        early, self._early = self._early, []
+        for data in early:
+            self.data_received(data)
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def abort(self) -> None:
         """Drop it."""
-        self.writer.transport.abort()
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._on_data is None:
+            self._early.append(data)
+            return
+        try:
+            self._on_data(data)
+        except Exception:
+            logger.exception("what Redis sent could not be handled; the connection is dropped")
+            self._transport.abort()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
 
 
 async def connect(client: Any) -> OpenConnection:

@@ -20,7 +20,6 @@ from asgi_stream.redis.locate import COMMAND_TIMEOUT, OpenConnection
 logger = logging.getLogger("asgi_stream")
 
 MAX_WAITING = 100_000
-_READ = 256 * 1024
 
 
 def pack(*words: bytes | str | int | float) -> bytes:
@@ -54,6 +53,7 @@ class Pipe:
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._replies = hiredis.Reader()
 
     def call(self, *words: bytes | str | int | float) -> asyncio.Future[Any]:
         """Send a command; the future is its reply, a `ReplyError`, or `UnavailableError`."""
@@ -61,7 +61,13 @@ class Pipe:
         if self._closed or len(self._waiting) + len(self._outbox) >= MAX_WAITING:
             future.set_exception(UnavailableError("closed" if self._closed else "too many commands are waiting"))
             return future
-        self._outbox.append((pack(*words), future))
+        packed = pack(*words)
+        if self._connection is not None and not self._waiting and not self._outbox:
+            # Nothing is under way: what is alone need not wait for others.
+            self._connection.write(packed)
+            self._sent(future, monotonic())
+            return future
+        self._outbox.append((packed, future))
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -82,10 +88,14 @@ class Pipe:
                 self._task = self._loop.create_task(self._run())
             return  # the task sends it once it is connected
         self._flushing = False
+        outbox, self._outbox = self._outbox, []
+        self._connection.write(b"".join([packed for packed, _ in outbox]))
         now = monotonic()
-        self._connection.writer.write(b"".join([packed for packed, _ in self._outbox]))
-        self._waiting.extend([(future, now) for _, future in self._outbox])
-        self._outbox.clear()
+        for _, future in outbox:
+            self._sent(future, now)
+
+    def _sent(self, future: asyncio.Future[Any], now: float) -> None:
+        self._waiting.append((future, now))
         if self._timer is None:
             self._timer = self._loop.call_later(COMMAND_TIMEOUT, self._check)
 
@@ -101,24 +111,15 @@ class Pipe:
             self._connection.abort()
 
     async def _run(self) -> None:
-        """Connect, then hand out replies until the connection is lost."""
+        """Connect, and stay until the connection is lost."""
         error: Exception = UnavailableError("closed")
         try:
             self._connection = connection = await self._connect()
-            self._flush()
-            replies = hiredis.Reader(protocolError=UnavailableError, replyError=ReplyError)
-            while block := await connection.reader.read(_READ):
-                replies.feed(block)
-                while (reply := replies.gets()) is not False:
-                    future, _ = self._waiting.popleft()
-                    if future.done():
-                        continue  # its caller was cancelled
-                    if isinstance(reply, ReplyError):
-                        future.set_exception(reply)
-                        if str(reply).startswith(("READONLY", "LOADING")):
-                            connection.abort()  # the next connection may find another primary
-                    else:
-                        future.set_result(reply)
+            self._replies = hiredis.Reader(protocolError=UnavailableError, replyError=ReplyError)
+            connection.listen(self._receive)
+            if self._outbox:
+                self._flush()
+            await connection.lost
             error = UnavailableError("Redis closed the connection")
         except Exception as exc:
             error = UnavailableError(f"{type(exc).__name__}: {exc}")
@@ -127,8 +128,22 @@ class Pipe:
             self._task = None
             connection_now, self._connection = self._connection, None
             if connection_now is not None:
-                connection_now.writer.close()
+                connection_now.abort()
             self._fail(error)
+
+    def _receive(self, data: bytes) -> None:
+        replies = self._replies
+        replies.feed(data)
+        while (reply := replies.gets()) is not False:
+            future, _ = self._waiting.popleft()
+            if future.done():
+                continue  # its caller was cancelled
+            if isinstance(reply, ReplyError):
+                future.set_exception(reply)
+                if str(reply).startswith(("READONLY", "LOADING")) and self._connection is not None:
+                    self._connection.abort()  # the next connection may find another primary
+            else:
+                future.set_result(reply)
 
     def _fail(self, error: Exception) -> None:
         self._flushing = False

@@ -5,18 +5,16 @@ local known_top, attempt, sequence = tonumber(ARGV[3]), tonumber(ARGV[4]), tonum
 local producer, ending, state = ARGV[5], ARGV[7], ARGV[8]
 local max_events, max_bytes, ttl, publish = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13]
 
-local m = redis.call('HMGET', meta, 'e', 'o', 'f', 'b', 'x', 'a', 'l', 'c', 'p:' .. producer)
+local m = redis.call('HMGET', meta, 'e', 'o', 'f', 'b', 'x', 'a', 'l', 'c', 'p:' .. producer, 's', 'k')
 local epoch, top, first, bytes = m[1], tonumber(m[2]), tonumber(m[3]), tonumber(m[4])
 if not epoch or (epoch == ARGV[2] and top < known_top) then
   epoch, top, first = open_log(ARGV[1], ARGV[2], known_top, ttl)
   bytes = 0
   m = {}
 end
-if producer ~= '' and m[9] then
-  local last_sequence, from, to = string.match(m[9], '(%d+) (%d+) (%d+)')
-  if sequence <= tonumber(last_sequence) then
-    return {'repeated', epoch, tonumber(from), tonumber(to), m[8] or ''}
-  end
+if producer ~= '' and m[9] and sequence <= tonumber(string.match(m[9], '^%d+')) then
+  local from, to = string.match(m[9], ' (%d+) (%d+)')
+  return {'repeated', epoch, tonumber(from), tonumber(to), m[8] or ''}
 end
 if m[5] then return {'ended', m[5]} end
 if attempt > 0 and m[6] and attempt < tonumber(m[6]) then return {'superseded', tonumber(m[6])} end
@@ -47,16 +45,25 @@ while (top - first + 1 > max_events or bytes > max_bytes) and first < top do
   redis.call('XTRIM', log, 'MINID', first .. '-0')
 end
 
+-- One write for all that changed: calls are what this script costs.
+local changed = {'o', top, 'f', first, 'b', bytes, 't', now}
 if ending ~= '' then
-  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now, 's', ending, 'x', ending)
-elseif state ~= '' then
-  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now, 's', state)
-else
-  redis.call('HSET', meta, 'o', top, 'f', first, 'b', bytes, 't', now)
+  changed[9], changed[10], changed[11], changed[12] = 's', ending, 'x', ending
+elseif state ~= '' and state ~= m[10] then
+  changed[9], changed[10] = 's', state
 end
 if producer ~= '' then
-  redis.call('HSET', meta, 'p:' .. producer, sequence .. ' ' .. from .. ' ' .. top)
+  changed[#changed + 1] = 'p:' .. producer
+  changed[#changed + 1] = sequence .. ' ' .. from .. ' ' .. top
 end
-redis.call('PEXPIRE', log, ttl)
-redis.call('PEXPIRE', meta, ttl)
+-- Expiry is exact to a second, or less where little is kept: not worth two calls for each of many events.
+if ending ~= '' or not m[11] or now - tonumber(m[11]) >= math.min(1000, ttl / 16) then
+  changed[#changed + 1] = 'k'
+  changed[#changed + 1] = now
+  redis.call('HSET', meta, unpack(changed))
+  redis.call('PEXPIRE', log, ttl)
+  redis.call('PEXPIRE', meta, ttl)
+else
+  redis.call('HSET', meta, unpack(changed))
+end
 return {'ok', epoch, from, top, m[8] or ''}

@@ -1,6 +1,7 @@
 -- What every script begins with. KEYS[1] is the log (a stream whose entry ids are offsets), KEYS[2] its state (a hash):
 --   e epoch   o top   f first offset kept   b bytes kept   s state   x ending   a attempt
 --   t last event or sign of life, ms   l until when the producer promised to be alive, ms   c why it is to be cancelled
+--   k when the time to live was renewed, ms
 --   r when tickets were revoked, ms
 --   p:<producer> "<sequence> <first> <last>" of its last append
 local log, meta = KEYS[1], KEYS[2]
