@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from asgi_stream import __version__
-from asgi_stream.errors import require
+from asgi_stream.errors import StreamError, require
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -48,10 +48,59 @@ def demo(
     """
     for module in ("fastapi", "uvicorn", "httpx"):
         require(module, extra="demo")
-    from asgi_stream.demo.server import PortTakenError, run
+    from asgi_stream.asgi.listener import PortTakenError
+    from asgi_stream.demo.server import run
 
     try:
         run(host=host, port=port, browser=browser, speed=speed, limit=limit)
     except PortTakenError as exc:
         print(exc, file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@cli.command("run", context_settings={"ignore_unknown_options": True})
+def run_command(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="What to run.", show_default=False)],
+    redis_url: Annotated[str | None, typer.Option(envvar="REDIS_URL", help="Redis; default: an embedded one.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes any free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    keep: Annotated[bool, typer.Option("--keep", help="Serve the page until Ctrl-C, also after the command.")] = False,
+) -> None:
+    """Run a command and stream its output to a page, and to `asgi-stream tail` in other terminals.
+
+    Ends with the command's own exit code.
+    """
+    require("uvicorn", extra="demo")
+    from asgi_stream.runner.server import run
+
+    try:
+        code = run(command, redis_url=redis_url, port=port, browser=browser, keep=keep)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
+
+
+@cli.command()
+def tail(
+    channel: Annotated[str, typer.Argument(help="The channel's id.", show_default=False)],
+    redis_url: Annotated[
+        str, typer.Option(envvar="REDIS_URL", help="Where the channel is.")
+    ] = "redis://localhost:6379/0",
+    after: Annotated[str | None, typer.Option(help="Begin after the event with this id.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with id, event and data.")] = False,
+) -> None:
+    """Print a channel's events, from the beginning of its history to the run's end.
+
+    Exits with 0 if the run succeeded, else with 1 or the exit code of a command that was run.
+    """
+    from asgi_stream.runner.tail import follow
+
+    try:
+        code = follow(channel, redis_url, after=after, as_json=json)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -13,17 +12,14 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from asgi_stream.asgi.listener import listen
 from asgi_stream.demo.app import create_app
 from asgi_stream.errors import StreamError
 
 
-class PortTakenError(StreamError):
-    """Something else listens on the port that was asked for."""
-
-
 def run(*, host: str, port: int, browser: bool, speed: float, limit: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    listener = _listen(host, port)
+    listener = listen(host, port)
     url = f"http://{host}:{listener.getsockname()[1]}"
     with _upstream() as (upstream_url, local):
         app = create_app(upstream_url, local_upstream=local, limit=limit, speed=speed)
@@ -32,22 +28,6 @@ def run(*, host: str, port: int, browser: bool, speed: float, limit: int) -> Non
         if browser:
             threading.Timer(0.5, webbrowser.open, [url]).start()
         server.run([listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as exc:
-        listener.close()
-        raise PortTakenError(
-            f"port {port} of {host} is not free ({exc.strerror}): stop what uses it, or choose another with --port "
-            "(--port 0 takes any)"
-        ) from exc
-    return listener
 
 
 @contextmanager
