@@ -33,13 +33,13 @@ SERVERS: dict[str, list[str]] = {
 class Server:
     """A running server. ``log`` holds what the application recorded, one line each."""
 
-    def __init__(self, name: str, app: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, app: str, environ: dict[str, str] | None = None, port: int = 0) -> None:
         need_module(SERVERS[name][0])
         self.folder = tempfile.TemporaryDirectory()
         self.log_path = Path(self.folder.name) / "log"
         self.log_path.touch()
         self.output_path = Path(self.folder.name) / "output"
-        self.port = _free_port()
+        self.port = port or _free_port()
         program = SERVERS[name][0]
         place = {
             "uvicorn": ["--port", str(self.port)],
