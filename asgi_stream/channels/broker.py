@@ -27,8 +27,8 @@ class Listener(Protocol):
     def on_announcement(self, message: bytes) -> None:
         """Some process told all of them this, with `Broker.announce`."""
 
-    def on_lost(self) -> None:
-        """The connection is gone: what is appended now does not come, until `on_subscribed` again."""
+    def on_lost(self, channels: list[str]) -> None:
+        """A connection is gone: what is appended to these now does not come, until `on_subscribed` again."""
 
 
 class Subscriber(Protocol):

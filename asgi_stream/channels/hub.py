@@ -429,9 +429,11 @@ class Hub:
         for viewer in list(self._viewers):
             viewer.revoke(channel, user)
 
-    def on_lost(self) -> None:
-        for channel in self._channels.values():
-            channel.lost()
+    def on_lost(self, channels: list[str]) -> None:
+        for name in channels:
+            channel = self._channels.get(name)
+            if channel is not None:
+                channel.lost()
 
     # Time: one timer for all viewers and channels
 

@@ -8,21 +8,20 @@ import os
 import random
 import threading
 import time
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import hiredis
 from redis import exceptions  # here, not at first use: a process that is about to end can import nothing more
 
-from asgi_stream.channels.broker import Broker, Listener
+from asgi_stream.channels.broker import Broker, Listener, Subscriber
 from asgi_stream.channels.commands import Command
 from asgi_stream.channels.model import Position
 from asgi_stream.channels.redis_commands import SCRIPTS, announcements, encode, log_key
+from asgi_stream.channels.redis_subscriber import ClusterSubscriber, RedisSubscriber
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import BackendError, StreamError
-from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, OpenConnection, connect
+from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, OpenConnection, close, connect
 from asgi_stream.redis.pipe import RETRYABLE, Pipe, ReplyError, UnavailableError, pack
 from asgi_stream.redis.scripts import Call
 
@@ -32,9 +31,6 @@ T = TypeVar("T")
 
 PATIENCE = 5.0
 """Seconds for which a command is sent again before it fails."""
-
-PROBE_AFTER = 5.0
-"""Seconds of silence after which a subscription is asked for a message to itself, and which that may take."""
 
 
 class RedisBroker:
@@ -49,10 +45,12 @@ class RedisBroker:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._sync: Any = None
-        self._pipes: WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = WeakKeyDictionary()
+        # In a cluster what is appended is published where the log is, not to every node.
+        self._verb = "SPUBLISH" if self.location.kind == "cluster" else "PUBLISH"
+        self._callers: WeakKeyDictionary[asyncio.AbstractEventLoop, PipeCaller | ClusterCaller] = WeakKeyDictionary()
 
     def run(self, command: Command[T]) -> T:
-        call = encode(command, self.config)
+        call = encode(command, self.config, self._verb)
         deadline = time.monotonic() + self.patience
         pause = 0.02
         while True:
@@ -91,51 +89,50 @@ class RedisBroker:
             time.sleep(min(seconds, 0.1))  # the read that follows says it if Redis stays away
 
     async def run_async(self, command: Command[T]) -> T:
-        call = encode(command, self.config)
+        call = encode(command, self.config, self._verb)
         deadline = time.monotonic() + self.patience
         pause = 0.02
         while True:
             try:
-                return call.read(await self._evaluate_async(call))
-            except (UnavailableError, ReplyError) as exc:
+                return call.read(await self._caller().evaluate(call))
+            except (UnavailableError, ReplyError, exceptions.RedisError, OSError) as exc:
                 if not _may_pass(exc) or time.monotonic() + pause > deadline:
                     raise BackendError(f"Redis at {self.location}: {exc}") from exc
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, 0.5)
 
-    async def _evaluate_async(self, call: Call[Any]) -> Any:
-        pipe = self.pipe()
-        try:
-            return await pipe.call(*call.words())
-        except ReplyError as exc:
-            if not str(exc).startswith("NOSCRIPT"):
-                raise
-            return await pipe.call(*call.words(whole=True))
-
-    def pipe(self) -> Pipe:
-        """The command connection of the running event loop."""
-        loop = asyncio.get_running_loop()
-        pipe = self._pipes.get(loop)
-        if pipe is None:
-            client = self.location.async_client()
-
-            async def open_connection() -> OpenConnection:
-                connection = await connect(client)
-                await _load_scripts(connection)
-                return connection
-
-            pipe = self._pipes[loop] = Pipe(open_connection)
-        return pipe
-
     async def announce(self, message: bytes) -> None:
+        await self.publish(announcements(self.config), message)
+
+    async def publish(self, name: str, message: bytes) -> None:
+        """A bare PUBLISH. Raises `BackendError`."""
         try:
-            await self.pipe().call("PUBLISH", announcements(self.config), message)
-        except (UnavailableError, ReplyError) as exc:
+            await self._caller().publish(name, message)
+        except (UnavailableError, ReplyError, exceptions.RedisError, OSError) as exc:
             raise BackendError(f"Redis at {self.location}: {exc}") from exc
 
-    def subscriber(self, listener: Listener) -> RedisSubscriber:
+    def pipe(self) -> Pipe:
+        """The command connection of the running event loop; a cluster has none."""
+        caller = self._caller()
+        assert isinstance(caller, PipeCaller)
+        return caller.pipe
+
+    def _caller(self) -> PipeCaller | ClusterCaller:
+        loop = asyncio.get_running_loop()
+        caller = self._callers.get(loop)
+        if caller is None:
+            client = self.location.async_client()
+            caller = ClusterCaller(client) if self.location.kind == "cluster" else PipeCaller(client)
+            self._callers[loop] = caller
+        return caller
+
+    def subscriber(self, listener: Listener) -> Subscriber:
         client = self.location.async_client()
-        return RedisSubscriber(self, lambda: connect(client), listener)
+        if self.location.kind == "cluster":
+            return ClusterSubscriber(self.config, self.location, client, self.publish, listener)
+        return RedisSubscriber(
+            self.config, self.location, lambda: connect(client), self.publish, listener, client=client
+        )
 
     def close(self) -> None:
         client, self._sync = self._sync, None
@@ -144,194 +141,69 @@ class RedisBroker:
 
     async def aclose(self) -> None:
         self.close()
-        pipe = self._pipes.pop(asyncio.get_running_loop(), None)
-        if pipe is not None:
-            await pipe.aclose()
+        caller = self._callers.pop(asyncio.get_running_loop(), None)
+        if caller is not None:
+            await caller.aclose()
 
 
-class RedisSubscriber:
-    """One subscription connection: reconnects, resubscribes, and probes itself when it hears nothing.
+class PipeCaller:
+    """Commands over one pipelined connection."""
 
-    A connection can answer PING and never deliver again, after a failover for one: so what is probed is delivery, by a
-    message to itself.
-    """
+    def __init__(self, client: Any) -> None:
+        async def open_connection() -> OpenConnection:
+            connection = await connect(client)
+            await _load_scripts(connection)
+            return connection
 
-    def __init__(
-        self, broker: RedisBroker, connect: Callable[[], Awaitable[OpenConnection]], listener: Listener
-    ) -> None:
-        self._broker = broker
-        self._connect = connect
-        self._listener = listener
-        self._loop = asyncio.get_running_loop()
-        self._channels: dict[bytes, str] = {}
-        self._acknowledged: set[bytes] = set()
-        self._changes: dict[bytes, bool] = {}  # what the next write asks for: True subscribe, False unsubscribe
-        self._connection: OpenConnection | None = None
-        self._probe = f"{broker.config.key_prefix}probe:{os.urandom(8).hex()}".encode()
-        self._announcements = announcements(broker.config).encode()
-        self._heard = 0.0
-        self._told = False  # that the connection is lost
-        self._replies = hiredis.Reader()
-        self._handing: asyncio.Task[None] | None = None
-        self._probing: asyncio.TimerHandle | None = None
-        self._task = self._loop.create_task(self._run())
+        self.pipe = Pipe(open_connection)
+        self._client = client
 
-    def subscribe(self, channel: str) -> None:
-        key = log_key(self._broker.config, channel).encode()
-        self._channels[key] = channel
-        self._change(key, True)
+    async def evaluate(self, call: Call[Any]) -> Any:
+        try:
+            return await self.pipe.call(*call.words())
+        except ReplyError as exc:
+            if not str(exc).startswith("NOSCRIPT"):
+                raise
+            return await self.pipe.call(*call.words(whole=True))
 
-    def unsubscribe(self, channel: str) -> None:
-        key = log_key(self._broker.config, channel).encode()
-        self._channels.pop(key, None)
-        self._acknowledged.discard(key)
-        self._change(key, False)
+    async def publish(self, name: str, message: bytes) -> None:
+        await self.pipe.call("PUBLISH", name, message)
 
     async def aclose(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await self.pipe.aclose()
+        await close(self._client)
 
-    def _change(self, key: bytes, wanted: bool) -> None:
-        if self._connection is None:
-            return  # the next connection begins with all that is wanted
-        if not self._changes:
-            self._loop.call_soon(self._send_changes)
-        self._changes[key] = wanted
 
-    def _send_changes(self) -> None:
-        changes, self._changes = self._changes, {}
-        if self._connection is None:
-            return
-        for verb, wanted in (("UNSUBSCRIBE", False), ("SUBSCRIBE", True)):
-            keys = [key for key, want in changes.items() if want is wanted]
-            if keys:
-                self._connection.write(pack(verb, *keys))
+class ClusterCaller:
+    """Commands to a cluster: redis-py finds the node, and follows what moves."""
 
-    async def _run(self) -> None:
-        pause = 0.05
-        while True:
-            try:
-                self._connection = connection = await self._connect()
-                pause = 0.05
-                keys = [self._probe, self._announcements, *self._channels]
-                connection.write(pack("SUBSCRIBE", *keys))
-                self._changes.clear()
-                self._listen_for_probe()
-                if self._told:
-                    logger.info("the subscription to Redis is back")
-                    self._told = False
-                self._replies = hiredis.Reader()
-                connection.listen(self._receive)
-                await connection.lost
-                self._tell("Redis closed the connection")
-            except asyncio.CancelledError:
-                self._drop()
-                raise
-            except Exception as exc:
-                self._tell(f"{type(exc).__name__}: {exc}")
-            self._drop()
-            self._listener.on_lost()
-            # Jitter, so that the processes of an application do not come back together.
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, 0.5)
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._starting = asyncio.Lock()
+        self._started = False
 
-    def _tell(self, reason: str) -> None:
-        """Once for each time that Redis is away."""
-        if not self._told:
-            self._told = True
-            logger.warning(
-                "the subscription to Redis at %s was lost; connecting again: %s", self._broker.location, reason
-            )
+    async def _start(self) -> None:
+        # Before the first command, and once: several first commands at a time would each begin to read the map.
+        async with self._starting:
+            if not self._started:
+                await self._client.initialize()
+                self._started = True
 
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        self._acknowledged.clear()
-        if self._probing is not None:
-            self._probing.cancel()
-            self._probing = None
-        if self._handing is not None:
-            self._handing.cancel()
-            self._handing = None
-        if connection is not None:
-            connection.abort()
-
-    def _receive(self, data: bytes) -> None:
-        """Hand on what came. While a large audience is written to, nothing more is read."""
-        self._replies.feed(data)
-        self._heard = self._loop.time()
-        handing = self._hand_on()
+    async def evaluate(self, call: Call[Any]) -> Any:
+        if not self._started:
+            await self._start()
         try:
-            held = handing.send(None)
-        except StopIteration:
-            return
-        assert self._connection is not None
-        self._connection.pause()
-        self._handing = self._loop.create_task(self._finish(handing, held, self._connection))
+            return await self._client.execute_command(*call.words())
+        except exceptions.NoScriptError:
+            return await self._client.execute_command(*call.words(whole=True))
 
-    async def _finish(self, handing: Coroutine[Any, Any, None], held: Any, connection: OpenConnection) -> None:
-        try:
-            await _rest(handing, held)
-            connection.resume()
-        except Exception:
-            logger.exception("events could not be handed on; the connection is dropped")
-            connection.abort()
+    async def publish(self, name: str, message: bytes) -> None:
+        if not self._started:
+            await self._start()
+        await self._client.execute_command("PUBLISH", name, message)
 
-    async def _hand_on(self) -> None:
-        channels = self._channels
-        frames: list[tuple[str, bytes]] = []
-        replies = self._replies
-        while (reply := replies.gets()) is not False:
-            kind = reply[0]
-            if kind == b"message":
-                channel = channels.get(reply[1])
-                if channel is not None:
-                    frames.append((channel, reply[2]))
-                elif reply[1] == self._announcements:
-                    self._listener.on_announcement(reply[2])
-            elif kind == b"subscribe" and reply[1] in channels:
-                # In the order of the connection: frames before it were heard before it.
-                if frames:
-                    await self._listener.on_frames(frames)
-                    frames = []
-                if reply[1] not in self._acknowledged:
-                    self._acknowledged.add(reply[1])
-                    self._listener.on_subscribed(channels[reply[1]])
-            elif kind == b"unsubscribe":
-                self._acknowledged.discard(reply[1])  # of a channel that is wanted again, the next answer counts
-        if frames:
-            await self._listener.on_frames(frames)
-
-    def _listen_for_probe(self) -> None:
-        self._heard = self._loop.time()
-        self._probing = self._loop.call_later(PROBE_AFTER, self._send_probe)
-
-    def _send_probe(self) -> None:
-        silence = self._loop.time() - self._heard
-        if silence < PROBE_AFTER:
-            self._probing = self._loop.call_later(PROBE_AFTER - silence, self._send_probe)
-            return
-        self._broker.pipe().call("PUBLISH", self._probe, b"").add_done_callback(_forget)
-        self._probing = self._loop.call_later(PROBE_AFTER, self._judge_probe, self._heard)
-
-    def _judge_probe(self, heard: float) -> None:
-        if self._heard == heard and self._connection is not None:
-            logger.warning("the subscription to Redis delivers nothing; connecting again")
-            self._connection.abort()
-            return
-        self._send_probe()
-
-
-@types.coroutine
-def _rest(begun: Coroutine[Any, Any, None], held: Any) -> Generator[Any, Any, None]:
-    """Run a coroutine to its end that was begun by hand, and waits for *held*."""
-    while True:
-        if held is not None:
-            held._asyncio_future_blocking = True
-        try:
-            yield held
-            held = begun.send(None)
-        except StopIteration:
-            return
+    async def aclose(self) -> None:
+        await close(self._client)
 
 
 async def _load_scripts(connection: OpenConnection) -> None:
@@ -357,11 +229,6 @@ async def _load_scripts(connection: OpenConnection) -> None:
     if not loaded.done():
         raise UnavailableError("Redis closed the connection")
     loaded.result()
-
-
-def _forget(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 def _may_pass(error: Exception) -> bool:

@@ -54,13 +54,23 @@ class EmbeddedRedis:
     """A running server, for as long as the ``with`` block. ``url`` is where it is.
 
     ``folder``: keep the data there, over restarts; without it there is nothing to keep. ``options`` are the server's
-    own, such as ``"--maxmemory", "100mb"``. Raises `MissingExtraError`, and `BackendError` when it does not start.
+    own, such as ``"--maxmemory", "100mb"``; ``config`` is a file of them; ``sentinel`` makes it a Sentinel.
+    Raises `MissingExtraError`, and `BackendError` when it does not start.
     """
 
-    def __init__(self, *options: str, port: int | None = None, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        *options: str,
+        port: int | None = None,
+        folder: str | Path | None = None,
+        config: str | Path | None = None,
+        sentinel: bool = False,
+    ) -> None:
         self._program = server_program()
         self._options = options
         self._folder = folder
+        self._config = config
+        self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
         self.port = port or 0
         self.pid = 0
@@ -114,10 +124,17 @@ class EmbeddedRedis:
         self.stop()
 
     def _start(self, port: int) -> None:
+        # A folder of its own even for one that keeps nothing: a replica writes what it is sent to the one it has.
+        own = None if self._folder else tempfile.mkdtemp(prefix="asgi_stream-redis-")
         keep = ["--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "always"]
-        forget = ["--dir", tempfile.gettempdir(), "--appendonly", "no"]
-        command = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), self._program]
-        command += ["--port", str(port), "--bind", "127.0.0.1", "--save", "", *(keep if self._folder else forget)]
+        forget = ["--dir", str(own), "--appendonly", "no"]
+        command = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), own or "-", self._program]
+        command += [str(self._config)] if self._config else []
+        command += ["--port", str(port), "--bind", "127.0.0.1"]
+        if self._sentinel:
+            command += ["--sentinel"]
+        else:
+            command += ["--save", "", *(keep if self._folder else forget)]
         with tempfile.TemporaryFile() as log:
             self._process = process = subprocess.Popen(
                 [*command, *self._options],

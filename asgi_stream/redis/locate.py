@@ -172,7 +172,23 @@ class OpenConnection(asyncio.Protocol):
 
 async def connect(client: Any) -> OpenConnection:
     """Open a connection to where *client*, a redis-py one that is no cluster's, connects."""
-    connection = client.connection_pool.make_connection()
+    return await _open(client.connection_pool.make_connection())
+
+
+async def close(client: Any) -> None:
+    """Close an async redis-py client, and the Sentinels that it asks."""
+    await client.aclose()
+    manager = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
+    for sentinel in getattr(manager, "sentinels", ()):
+        await sentinel.aclose()
+
+
+async def connect_to_node(node: Any) -> OpenConnection:
+    """Open a connection to *node* of a cluster, a redis-py `ClusterNode`."""
+    return await _open(node.connection_class(**node.connection_kwargs))
+
+
+async def _open(connection: Any) -> OpenConnection:
     await connection.connect()
     reader, writer = connection._reader, connection._writer
     # From now on redis-py's object only holds the socket: it closes nothing when it is collected.

@@ -98,7 +98,7 @@ class Heard:
         self.announced.append(message)
         self.changed.set()
 
-    def on_lost(self) -> None:
+    def on_lost(self, channels: list[str]) -> None:
         self.lost += 1
         self.changed.set()
 
