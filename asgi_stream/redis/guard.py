@@ -1,6 +1,7 @@
 """Runs a program for as long as its own standard input stays open, which is as long as its parent lives.
 
-A script of its own, without imports of this package, so that it starts at once: ``python -I guard.py FOLDER PROGRAM …``.
+A script of its own, without imports of this package, so that it starts at once:
+``python -I guard.py FOLDER PROGRAM …``.
 The first line it prints is the program's process id. FOLDER is removed at the end; ``-`` is none.
 """
 
