@@ -31,6 +31,8 @@ from asgi_stream.leases.handover import LeaseBlock
 from asgi_stream.leases.limiter import StreamLeaseLimiter
 from asgi_stream.leases.policy import user_key
 
+_CHANNEL_DEFAULTS = ChannelConfig()
+
 
 class Streaming:
     """The parts of one application.
@@ -94,7 +96,7 @@ class Streaming:
     @property
     def channel_settings(self) -> ChannelConfig:
         """The settings of queued streaming."""
-        return self.channel_config or ChannelConfig()
+        return self.channel_config or _CHANNEL_DEFAULTS
 
     @property
     def broker(self) -> Broker:

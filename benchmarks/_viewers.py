@@ -196,8 +196,13 @@ def nchan_peer(url: str) -> Iterator[Peer]:
 
 def _nchan_publisher(port: int) -> Callable[[str, int], Awaitable[None]]:
     connection: list[Any] = []
+    sending = asyncio.Lock()
 
     async def publish(channel: str, count: int) -> None:
+        async with sending:
+            await send(channel, count)
+
+    async def send(channel: str, count: int) -> None:
         if not connection:
             connection.extend(await asyncio.open_connection("127.0.0.1", port))
         reader, writer = connection

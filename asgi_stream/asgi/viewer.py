@@ -338,7 +338,7 @@ class ChannelViewer:
                     missed = leg.cursor - skipped
                     if missed:
                         await self._body(encode(events.reset("slow", missed=missed, event_id=self._position())))
-                recent = channel.recent(leg.cursor, CHUNK)
+                recent = channel.recent(leg.cursor, CHUNK) if leg.cursor < channel.top else None
                 if recent is not None:
                     leg.cursor += len(recent)
                     leg.ended = channel.ended and leg.cursor == channel.top
@@ -369,8 +369,8 @@ class ChannelViewer:
                 leg.cursor = records[-1].position.offset
                 leg.ended = records[-1].position.ending
                 await self._frames(leg, [record.frame for record in records])
-            elif page.reset is None and leg.cursor < channel.top:
-                # The log is shorter than what this process has heard of.
+            elif page.reset is None and leg.epoch == channel.epoch and leg.cursor != channel.top:
+                # This process has heard less than the client, which was at another; or more than there is.
                 channel.sync()
                 channel.waiting.add(leg)
                 await self._parking.wait()

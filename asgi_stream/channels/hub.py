@@ -33,8 +33,10 @@ RING_FRAMES = 128
 RING_BYTES = 256 * 1024
 LINGER = 5.0
 """Seconds for which a channel without viewers stays subscribed: a reload of a page needs no new subscription."""
-CHECK_AFTER = 20.0
-"""Seconds without an event after which a channel is compared with the broker."""
+CHECK_AFTER = 30.0
+"""Seconds of silence after which a running channel is compared with the broker; others after four times as many."""
+PAGE_BYTES = 128 * 1024
+"""What is read of a log at once for a viewer: it is held while that viewer is written to."""
 YIELD_AFTER = 500
 """Viewers written to before the event loop runs others."""
 
@@ -147,7 +149,11 @@ class HubChannel:
         new: list[bytes] = []
         epoch = (self.epoch or "").encode()
         for n, frame in enumerate(pending):
-            offset = offset_of(frame)
+            try:
+                offset = offset_of(frame)
+            except ValueError:
+                logger.warning("channel %s: what somebody else published was left out: %r", self.name, frame[:80])
+                continue
             if epoch_of(frame) != epoch or offset > self.top + 1:
                 self._buffer.extend(pending[n:])
                 self.sync()
@@ -242,8 +248,11 @@ class HubChannel:
             try:
                 page = await self._hub.broker.run_async(command)
                 break
-            except BackendError as exc:
-                logger.warning("a channel could not be read, trying again: %s", exc)
+            except Exception as exc:  # whatever it is: a channel that gave up would be silent for ever
+                if isinstance(exc, BackendError):
+                    logger.warning("channel %s could not be read, trying again: %s", self.name, exc)
+                else:
+                    logger.exception("channel %s could not be read, trying again", self.name)
                 await asyncio.sleep(random.uniform(pause / 2, pause))
                 pause = min(pause * 2, 1.0)
         self._syncing = None
@@ -252,7 +261,7 @@ class HubChannel:
         # What arrived before the read and is of another epoch than its answer is of an old one.
         epoch = page.info.epoch.encode()
         buffer, self._buffer = self._buffer, []
-        buffer = [frame for n, frame in enumerate(buffer) if n >= arrived or epoch_of(frame) == epoch]
+        buffer = [frame for n, frame in enumerate(buffer) if n >= arrived or _is_of(frame, epoch)]
         if known is not None and page.reset is None and not page.more:
             for record in page.records:
                 self._keep(record.position.offset, record.frame)
@@ -372,7 +381,7 @@ class Hub:
         key = (name, after.epoch, after.offset) if after else (name, "", 0)
         shared = self._reads.get(key)
         if shared is None:
-            task = self.loop.create_task(self.broker.run_async(Read(name, after=after)))
+            task = self.loop.create_task(self.broker.run_async(Read(name, after=after, max_bytes=PAGE_BYTES)))
             shared = self._reads[key] = task
 
             def done(task: asyncio.Task[Page]) -> None:
@@ -453,7 +462,8 @@ class Hub:
                     self._wheel.setdefault(max(int(when), int(now)) + 1, []).append(viewer)
             self._next += 1
         for channel in list(self._channels.values()):
-            if channel.whole and not channel.ended and now - channel.checked >= CHECK_AFTER:
+            patience = CHECK_AFTER if channel.state == "running" else CHECK_AFTER * 4
+            if channel.whole and not channel.ended and now - channel.checked >= patience:
                 channel.checked = now
                 task = self.loop.create_task(self._check(channel))
                 self._tasks.add(task)
@@ -485,6 +495,13 @@ class Hub:
             )
         except (RunEndedError, BackendError) as exc:
             logger.debug("a lost run was not ended here: %s", exc)
+
+
+def _is_of(frame: bytes, epoch: bytes) -> bool:
+    try:
+        return epoch_of(frame) == epoch
+    except ValueError:
+        return False
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -386,7 +386,7 @@ async def test_a_run_whose_worker_was_lost_is_ended_by_who_notices(
     streaming: Streaming, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[C7]"""
-    monkeypatch.setattr(hub_module, "CHECK_AFTER", 0.1)
+    monkeypatch.setattr(hub_module, "CHECK_AFTER", 0.02)
     await publish(streaming, name, "a")
     await streaming.broker.run_async(Touch(name, 0.001))
     viewer = await (await view(streaming, name)).end()
@@ -395,7 +395,7 @@ async def test_a_run_whose_worker_was_lost_is_ended_by_who_notices(
 
 
 async def test_a_silent_channel_is_closed_at_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "CHECK_AFTER", 0.1)
+    monkeypatch.setattr(hub_module, "CHECK_AFTER", 0.02)
     async with Streaming(channels=ChannelConfig(max_idle_time=0.2)) as streaming:
         viewer = await (await view(streaming, name)).end()
         assert json.loads(viewer.events[-1].data)["reason"] == "idle"
@@ -417,6 +417,41 @@ async def test_a_frame_that_was_lost_on_the_way_is_fetched(streaming: Streaming,
 
 async def _nothing(frames: Any) -> None:
     pass
+
+
+async def test_a_client_that_has_seen_more_than_this_process_has_heard(streaming: Streaming, name: str) -> None:
+    """It was at another process, a little faster than this one."""
+    first = await view(streaming, name)
+    await publish(streaming, name, "a")
+    await first.until_body(b"data: a\n")
+    hub = streaming.hub()
+    deliver, hub.on_frames = hub.on_frames, _nothing  # type: ignore[method-assign]
+    await publish(streaming, name, "b", "c")
+    await asyncio.sleep(0.05)
+    hub.on_frames = deliver  # type: ignore[method-assign]
+    last = (await streaming.broker.run_async(Read(name))).records[-1].id
+    ahead = await view(streaming, name, last=last)
+    await ahead.until_body(b"ready")
+    await publish(streaming, name, "d", ending="complete")
+    for viewer in (first, ahead):
+        await viewer.end()
+    assert texts(ahead.events) == ["d"]
+    assert texts(first.events) == ["a", "b", "c", "d"]
+
+
+async def test_what_strangers_publish_is_left_out(redis_url: str, name: str) -> None:
+    import redis as driver
+
+    client: Any = driver.Redis.from_url(redis_url)
+    async with Streaming(redis=redis_url) as streaming:
+        viewer = await view(streaming, name)
+        await viewer.until_body(b"ready")
+        for stranger in (b"", b"hello", b"id: x\n\n", b"data: x\nid: AAAAAA.!\n\n"):
+            client.publish(f"stream:{{{name}}}", stranger)
+        await publish(streaming, name, "a", ending="complete")
+        await viewer.end()
+        assert texts(viewer.events) == ["a"]
+    client.close()
 
 
 async def test_one_subscription_and_one_read_for_a_thousand_viewers(redis_url: str, name: str) -> None:
