@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis as driver
 
 from asgi_stream import AsyncStreamChannel, StreamContext, Streaming, sse_response
+from asgi_stream.errors import BackendError
 from tests.asgi_client import Exchange, http_scope
 from tests.redis.topologies import Cluster, Sentinels
+from tests.redis_server import start_redis
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
@@ -97,3 +103,63 @@ async def test_cluster_failover(tmp_path: Path) -> None:
             assert [record.event for record in history] == ["log", "complete"]
     finally:
         await asyncio.to_thread(cluster.close)
+
+
+async def test_a_replica_that_lagged_behind_is_told(tmp_path: Path) -> None:
+    """Its epoch is the same and its log is shorter: nothing of what it lacks is skipped in silence [C2]."""
+    sentinels = await asyncio.to_thread(Sentinels, tmp_path)
+    try:
+        async with Streaming(redis=sentinels.url) as streaming:
+            streaming.broker.patience = 30.0  # type: ignore[attr-defined]
+            names = [f"lagging-{n}" for n in range(CHANNELS)]
+            viewers = await viewers_of(streaming, names)
+            publishers = [AsyncStreamChannel(name, streaming=streaming) for name in names]
+            for channel in publishers:
+                await channel.publish(0)
+            await until_all_have(viewers, 0)
+            await asyncio.sleep(0.2)  # the replica has it
+            os.kill(sentinels.replica.pid, signal.SIGSTOP)
+            primary: Any = driver.Redis(port=sentinels.primary.port)
+            primary.client_kill_filter(_type="replica")  # or it would find what comes now in its socket
+            primary.close()
+            for channel in publishers:
+                for n in range(1, 4):
+                    await channel.publish(n)
+            await until_all_have(viewers, 3)
+            sentinels.primary.kill()
+            os.kill(sentinels.replica.pid, signal.SIGCONT)
+            async with asyncio.timeout(HANG):
+                for channel in publishers:
+                    await channel.publish(4)
+            await until_all_have(viewers, 4)
+            for viewer in viewers:
+                seen = [int(event.data) for event in viewer.events if event.event == "message"]
+                assert seen == [0, 1, 2, 3, 4]
+                resets = [json.loads(event.data)["reason"] for event in viewer.events if event.event == "reset"]
+                assert resets == ["epoch"]
+                viewer.leave()
+                await viewer.end()
+    finally:
+        await asyncio.to_thread(sentinels.close)
+
+
+async def test_a_password_and_a_user_with_few_rights(tmp_path: Path) -> None:
+    acl = tmp_path / "users.acl"
+    rules = "~stream:* &stream:* +@scripting +@stream +@hash +@keyspace +@pubsub +time +ping +client +select +hello"
+    acl.write_text(f"user default off\nuser ann on >secret/word {rules}\n")
+    server = start_redis("--aclfile", str(acl))
+    try:
+        async with Streaming(redis=f"redis://ann:secret%2Fword@127.0.0.1:{server.port}/0") as streaming:
+            viewers = await viewers_of(streaming, ["acl"])
+            await publish_all(streaming, ["acl"], range(3))
+            await until_all_have(viewers, 2)
+            ctx = StreamContext.create("ann", streaming=streaming)
+            await asyncio.to_thread(ctx.complete)
+            viewers[0].leave()
+            await viewers[0].end()
+        async with Streaming(redis=f"redis://ann:wrong@127.0.0.1:{server.port}/0") as streaming:
+            with pytest.raises(BackendError, match=r"WRONGPASS|invalid username-password") as caught:
+                await AsyncStreamChannel("acl", streaming=streaming).publish(1)
+            assert "wrong@" not in str(caught.value)
+    finally:
+        server.stop()
