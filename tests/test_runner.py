@@ -147,7 +147,7 @@ def test_the_page_shows_the_output_and_the_end() -> None:
 
     chromium = need_program("chromium", "apt install chromium")
     code = "import time\nfor n in range(30): print('line', n); time.sleep(0.05)"
-    with started(*python(code)) as (process, url, _), sync_playwright() as playwright:
+    with started(*python(code), options=("--keep",)) as (process, url, _), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(url)
@@ -156,4 +156,5 @@ def test_the_page_shows_the_output_and_the_end() -> None:
         assert re.findall(r"line \d+", text) == [f"line {n}" for n in range(30)]
         assert page.inner_text("#state") == "done"
         browser.close()
+        process.send_signal(signal.SIGINT)
         assert process.wait(HANG) == 0
