@@ -1,10 +1,11 @@
 """Queued streaming: how late, how many deliveries, at which cost, from a publisher through Redis to viewers.
 
-    python benchmarks/channels.py [--rounds 3] [--seconds 2] [--quick] [--only latency,fan-out,many,memory]
+    python benchmarks/channels.py [--rounds 3] [--seconds 2] [--quick] [--only latency,fan-out,many,stalled,memory]
 
 - latency: 100 events a second to one viewer, from before `publish` to the first byte at the viewer.
 - fan-out: one event to 1,000 viewers; the next when all have it, or sixteen at a time.
 - many: 1,000 channels with one viewer and one event a second each.
+- stalled: one of 1,000 viewers does not read; how late are the others?
 - memory: idle viewers with a channel each; growth of the server's memory, and its CPU while nothing happens.
 
 Peers: a raw subscriber of Redis (the floor), pub/sub per viewer with Starlette and with sse-starlette, Litestar's
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
+import socket
 import statistics
 import time
 from typing import Any
@@ -35,6 +38,7 @@ from _viewers import (
     raise_file_limit,
 )
 
+from asgi_stream import AsyncStreamChannel, Streaming
 from asgi_stream.redis.embedded import EmbeddedRedis
 from asgi_stream.redis.pipe import pack
 
@@ -151,6 +155,49 @@ async def idle(peer: Peer, count: int, tag: str) -> tuple[float, float]:
     return grown, percent
 
 
+async def stalled(
+    peer: Peer, viewers: int, seconds: float, tag: str, *, one_stalls: bool
+) -> tuple[float, float, float]:
+    """Return the median and p99 time until all who read have an event, and KiB by which the server grew."""
+    idler = socket.socket()
+    idler.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    idler.connect(("127.0.0.1", peer.server.port))
+    idler.sendall(f"GET /{tag} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    reading = None if one_stalls else asyncio.get_running_loop().run_in_executor(None, _read_all, idler)
+    await asyncio.sleep(0.2)
+    # More than the kernel takes for somebody who does not read. The others come after it.
+    async with Streaming(redis=os.environ["BENCH_REDIS"]) as streaming:
+        channel = AsyncStreamChannel(tag, streaming=streaming)
+        for _ in range(40):
+            position = (await channel.publish_many(["x" * 16_000] * 10))[-1]
+    audience = Audience(peer.server.port)
+    for begin in range(0, viewers - 1, 50):
+        await asyncio.gather(*(audience.join(tag, position) for _ in range(min(50, viewers - 1 - begin))))
+    await asyncio.sleep(0.2)
+    before = peer.server.rss()
+    times = []
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        came = audience.expect(viewers - 1)
+        sent = time.perf_counter()
+        await peer.publish(tag, 1)
+        async with asyncio.timeout(30):
+            await came
+        times.append(time.perf_counter() - sent)
+    grown = (peer.server.rss() - before) / 1024
+    audience.close()
+    idler.shutdown(socket.SHUT_RDWR)
+    if reading is not None:
+        await reading
+    idler.close()
+    return statistics.median(times), p99(times), grown
+
+
+def _read_all(connection: socket.socket) -> None:
+    while connection.recv(65536):
+        pass
+
+
 Results = dict[str, list[tuple[float, ...]]]
 
 
@@ -245,6 +292,21 @@ async def run(options: argparse.Namespace) -> list[str]:
                 [".3f", ".2f", ".1f", ".0f"],
                 [1e3, 1e3, 1, 1],
             )
+        if "stalled" in only:
+            ours = peers[0]
+            results = {"all read": [], "one does not": []}
+            for n in range(rounds):
+                for name, rows in results.items():
+                    tag = f"stalled{n}{name[:3]}"
+                    rows.append(await stalled(ours, viewers, seconds, tag, one_stalls=name != "all read"))
+            lines += table(
+                f"one of {viewers} viewers does not read (ours)",
+                ["p50 ms until the others have it", "p99 ms", "KiB grown"],
+                results,
+                "all read",
+                [".2f", ".2f", ",.0f"],
+                [1e3, 1e3, 1],
+            )
     if "memory" in only:
         count = 20 if quick else options.idle
         results = {}
@@ -272,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="for one measurement")
     parser.add_argument("--idle", type=int, default=5000, help="how many idle viewers")
-    parser.add_argument("--only", default="latency,fan-out,many,memory")
+    parser.add_argument("--only", default="latency,fan-out,many,stalled,memory")
     parser.add_argument("--quick", action="store_true", help="a few seconds: does every peer still work?")
     parser.add_argument("--out", help="write the tables to this file, too")
     options = parser.parse_args()
