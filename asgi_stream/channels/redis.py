@@ -231,11 +231,11 @@ async def _load_scripts(connection: OpenConnection) -> None:
     loaded.result()
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether the same command may succeed if it is sent again."""
     if isinstance(error, UnavailableError):
         cause = error.__cause__
-        return cause is None or _may_pass_of_driver(cause)
+        return cause is None or _may_pass(cause)
     if isinstance(error, ReplyError):
         return str(error).startswith(RETRYABLE)
     return _may_pass_of_driver(error)

@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from asgi_stream.channels.model import Position
 from asgi_stream.channels.redis import RedisBroker
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import AttemptSupersededError, BackendError, RunEndedError
+from asgi_stream.redis.embedded import EmbeddedRedis
+from tests.redis_server import start_redis
 
 pytestmark = pytest.mark.anyio
 
@@ -381,6 +384,47 @@ async def test_a_script_that_redis_forgot_is_sent_again(redis_url: str, name: st
     assert texts((await broker.run_async(Read(name))).records) == ["a", "b", "c", "d"]
     client.close()
     await broker.aclose()
+
+
+async def test_a_redis_that_still_loads_its_data_is_waited_for(tmp_path: Path, name: str) -> None:
+    server = start_redis(folder=tmp_path)
+    await asyncio.to_thread(_fill, server.url)
+    server.stop()
+    slow = ("--key-load-delay", "2000", "--loading-process-events-interval-bytes", "1024")
+    again = EmbeddedRedis(*slow, port=server.port, folder=tmp_path)
+    starting = asyncio.create_task(asyncio.to_thread(again.start))
+    try:
+        async with asyncio.timeout(HANG):
+            while not await _is_loading(server.port):
+                assert not starting.done(), "it loaded its data too fast for this test"
+                await asyncio.sleep(0.005)
+        broker = RedisBroker(QueueRedisConfig(server.url))  # its first connection meets a server that refuses commands
+        await broker.run_async(Append(name, (block("a"),)))
+        assert texts(broker.run(Read(name)).records) == ["a"]
+        await broker.aclose()
+    finally:
+        await starting
+        again.stop()
+
+
+def _fill(url: str) -> None:
+    client: Any = driver.Redis.from_url(url)
+    client.mset({f"key-{n}": "x" * 100 for n in range(500)})
+    client.execute_command("BGREWRITEAOF")  # the delay below is for the keys of a snapshot
+    while (state := client.info("persistence"))["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
+        time.sleep(0.01)
+    client.close()
+
+
+async def _is_loading(port: int) -> bool:
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.write(b"GET x\r\n")
+    reply = await reader.readline()
+    writer.close()
+    return reply.startswith(b"-LOADING")
 
 
 async def test_a_log_that_redis_evicted_is_a_gap_that_is_told(redis_url: str, name: str) -> None:
