@@ -82,6 +82,31 @@ def run_command(
 
 
 @cli.command()
+def worker(
+    registry: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:NAME", help="A dict of operations, a QueueConfig or a QueueWorker.", show_default=False
+        ),
+    ],
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="REDIS_URL", help="The queue's Redis, for a dict of operations.")
+    ] = None,
+    queue: Annotated[str, typer.Option(help="The queue's name, for a dict of operations.")] = "default",
+    max_workers: Annotated[int, typer.Option(min=1, max=10_000, help="Jobs at once.")] = 4,
+) -> None:
+    """Do the jobs of a queue until Ctrl-C or SIGTERM, which lets them finish. A second one hands them back."""
+    require("docket", extra="queue")
+    from asgi_stream.job_queue.command import run
+
+    try:
+        run(registry, redis_url=redis_url, queue=queue, max_workers=max_workers)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@cli.command()
 def tail(
     channel: Annotated[str, typer.Argument(help="The channel's id.", show_default=False)],
     redis_url: Annotated[

@@ -66,10 +66,10 @@ class StreamLeaseConfig:
     proxied_limit: int = 1000
 
     def __post_init__(self) -> None:
-        _whole("limit", self.limit, least=1)
-        _whole("proxied_limit", self.proxied_limit, least=1)
-        _positive("ttl_seconds", self.ttl_seconds)
-        _key_part("key_namespace", self.key_namespace)
+        check_whole("limit", self.limit, least=1)
+        check_whole("proxied_limit", self.proxied_limit, least=1)
+        check_seconds("ttl_seconds", self.ttl_seconds)
+        check_key_part("key_namespace", self.key_namespace)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -100,11 +100,11 @@ class ChannelConfig:
     max_channels_per_stream: int = 8
 
     def __post_init__(self) -> None:
-        _key_part("key_prefix", self.key_prefix)
+        check_key_part("key_prefix", self.key_prefix)
         for name in ("subscribe_timeout", "ping_interval", "max_idle_time", "producer_timeout", "history_seconds"):
-            _positive(name, getattr(self, name))
+            check_seconds(name, getattr(self, name))
         for name in ("max_events", "max_bytes", "max_event_bytes", "viewer_backlog_bytes", "max_channels_per_stream"):
-            _whole(name, getattr(self, name), least=1)
+            check_whole(name, getattr(self, name), least=1)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -144,17 +144,17 @@ def parse_bool(text: str) -> bool:
 _PARSERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": parse_bool}
 
 
-def _whole(name: str, value: object, *, least: int) -> None:
+def check_whole(name: str, value: object, *, least: int) -> None:
     if type(value) is not int or value < least:
         raise ConfigurationError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
-def _positive(name: str, value: object) -> None:
+def check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ConfigurationError(f"{name} must be a number of seconds above 0, not {value!r}")
 
 
-def _key_part(name: str, value: object) -> None:
+def check_key_part(name: str, value: object) -> None:
     if not isinstance(value, str) or not value or len(value) > 128:
         raise ConfigurationError(f"{name} must be text of 1 to 128 characters, not {value!r}")
     if not value.isascii() or not value.isprintable() or set(value) & set("{}*?[] "):

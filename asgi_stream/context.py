@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import os
 import platform
@@ -42,8 +41,6 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 SIGNS = 4
 """Signs of life in the time after which a producer is taken for lost."""
 FLUSH_SECONDS = 6.0
-
-_using: contextvars.ContextVar[Streaming | None] = contextvars.ContextVar("asgi_stream_using", default=None)
 
 
 class StreamContext:
@@ -118,7 +115,9 @@ class StreamContext:
             "service": self.service,
             "labels": self.labels,
         }
-        streaming = self._streaming
+        if self.attempt:
+            made["attempt"] = self.attempt
+        streaming = self.streaming
         if streaming.channel_redis is None:
             made["memory"] = streaming.token
         return made
@@ -148,8 +147,9 @@ class StreamContext:
         except KeyError as exc:
             raise ConfigurationError(f"the context lacks {exc}") from None
         context._rebuilt = True
+        context.attempt = made.get("attempt", 0)
         memory = made.get("memory")
-        if memory is not None and context._streaming.token != memory:
+        if memory is not None and context.streaming.token != memory:
             raise ConfigurationError(
                 "this run's channel is in the memory of another process, where nothing can be published from here: "
                 "set REDIS_URL, or call init_streaming(redis), in both"
@@ -159,11 +159,8 @@ class StreamContext:
     @classmethod
     def find(cls, entity: Any, *, streaming: Streaming | None = None) -> Self | None:
         """Rebuild the context that is somewhere in the top level of *entity*, under any key; None without one."""
-        values = entity.values() if isinstance(entity, Mapping) else ()
-        for value in (entity, *values):
-            if isinstance(value, Mapping) and MARK in value:
-                return cls.from_dict(value, streaming=streaming)
-        return None
+        made = find_context(entity)
+        return None if made is None else cls.from_dict(made, streaming=streaming)
 
     # Verbs
 
@@ -213,21 +210,21 @@ class StreamContext:
         self._end(events.complete(result, success=success))
 
     async def complete_async(self, success: bool = True, **result: Any) -> None:
-        await self._end_async(events.complete(result, success=success))
+        await self.end_async(events.complete(result, success=success))
 
     def fail(self, code: str, message: str, *, retryable: bool = False) -> None:
         """End the run as failed. *message* is for the client's eyes. Waits until Redis has it."""
-        self._end(events.failed(code, message, retryable=retryable, id=_failure_id()))
+        self._end(events.failed(code, message, retryable=retryable, id=failure_id()))
 
     async def fail_async(self, code: str, message: str, *, retryable: bool = False) -> None:
-        await self._end_async(events.failed(code, message, retryable=retryable, id=_failure_id()))
+        await self.end_async(events.failed(code, message, retryable=retryable, id=failure_id()))
 
     def end_cancelled(self, reason: str = "cancelled") -> None:
         """End the run as stopped. Waits until Redis has it."""
         self._end(events.cancelled(reason))
 
     async def end_cancelled_async(self, reason: str = "cancelled") -> None:
-        await self._end_async(events.cancelled(reason))
+        await self.end_async(events.cancelled(reason))
 
     def flush(self, seconds: float = FLUSH_SECONDS) -> bool:
         """Wait until Redis has what was said; False if that takes longer."""
@@ -249,9 +246,14 @@ class StreamContext:
         if outbox.cancelling is not None:
             raise RunCancelledError(self.channel_id, outbox.cancelling)
 
+    @property
+    def cancelling(self) -> str | None:
+        """Why the run is to stop, as far as is known here; None while it is not."""
+        return self._outbox().cancelling
+
     def cancel(self, reason: str = "cancelled") -> Status:
         """Ask the run to stop, from wherever. One that no worker has begun is over at once."""
-        broker = self._streaming.broker
+        broker = self.streaming.broker
         status = broker.run(Cancel(self.channel_id, reason))
         if status.state in ("waiting", "queued"):
             try:
@@ -261,7 +263,7 @@ class StreamContext:
         return status
 
     async def cancel_async(self, reason: str = "cancelled") -> Status:
-        return await cancel_run(self._streaming, self.channel_id, reason)
+        return await cancel_run(self.streaming, self.channel_id, reason)
 
     # Attempts
 
@@ -270,13 +272,13 @@ class StreamContext:
 
         For job runners that deliver a job again when its worker died; the queue of this package calls it itself.
         """
-        status = self._streaming.broker.run(BeginAttempt(self.channel_id))
+        status = self.streaming.broker.run(BeginAttempt(self.channel_id))
         for event in self._attempt_begun(status, worker):
             self._put(event)
         return self.attempt
 
     async def begin_attempt_async(self, worker: str | None = None) -> int:
-        status = await self._streaming.broker.run_async(BeginAttempt(self.channel_id))
+        status = await self.streaming.broker.run_async(BeginAttempt(self.channel_id))
         for event in self._attempt_begun(status, worker):
             await self._put_async(event)
         return self.attempt
@@ -295,11 +297,11 @@ class StreamContext:
     def queued(self) -> None:
         """Say that the run waits for a worker. Waits until Redis has it."""
         frame = encode_block(_event("queued", {}))
-        self._streaming.broker.run(Append(self.channel_id, (frame,), state="queued"))
+        self.streaming.broker.run(Append(self.channel_id, (frame,), state="queued"))
 
     async def queued_async(self) -> None:
         frame = encode_block(_event("queued", {}))
-        await self._streaming.broker.run_async(Append(self.channel_id, (frame,), state="queued"))
+        await self.streaming.broker.run_async(Append(self.channel_id, (frame,), state="queued"))
 
     # As a block, and around an iterable
 
@@ -329,7 +331,7 @@ class StreamContext:
         ending = self._ending_for(exc)
         try:
             if ending is not None:
-                await self._end_async(ending)
+                await self.end_async(ending)
         except (BackendError, RunEndedError) as failure:
             if exc is None:
                 raise
@@ -344,10 +346,11 @@ class StreamContext:
         if isinstance(exc, RunCancelledError):
             return events.cancelled(exc.reason)
         if isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
-            return events.cancelled("interrupted")
-        failure_id = _failure_id()
-        logger.error("run of channel %s failed (id %s)", self.channel_id, failure_id, exc_info=exc)
-        return events.failed(type(exc).__name__, "the task failed", retryable=False, id=failure_id)
+            outbox = self._outbox_made
+            return events.cancelled((outbox.cancelling if outbox else None) or "interrupted")
+        told = failure_id()
+        logger.error("run of channel %s failed (id %s)", self.channel_id, told, exc_info=exc)
+        return events.failed(type(exc).__name__, "the task failed", retryable=False, id=told)
 
     def track(self, items: Iterable[T], *, total: int | None = None, step: str | None = None) -> Iterator[T]:
         """Yield *items*, and publish the progress: once per percent. A bar of tqdm's is an iterable, too.
@@ -374,7 +377,7 @@ class StreamContext:
 
     def channel(self) -> SyncStreamChannel:
         """The run's channel, for reading it."""
-        return SyncStreamChannel(self.channel_id, streaming=self._streaming)
+        return SyncStreamChannel(self.channel_id, streaming=self.streaming)
 
     def __repr__(self) -> str:
         return f"<StreamContext {self.channel_id} of {self.workspace_id!r}{', ' + self.ended if self.ended else ''}>"
@@ -387,11 +390,12 @@ class StreamContext:
     # Inside
 
     @property
-    def _streaming(self) -> Streaming:
+    def streaming(self) -> Streaming:
+        """What it publishes through: the given one, or the process default."""
         if self._given is None:
             from asgi_stream.runtime import current_streaming
 
-            self._given = _using.get() or current_streaming()
+            self._given = current_streaming()
         return self._given
 
     def _outbox(self) -> Outbox:
@@ -400,7 +404,7 @@ class StreamContext:
             with self._lock:
                 outbox = self._outbox_made
                 if outbox is None or self._pid != os.getpid():
-                    streaming = self._streaming
+                    streaming = self.streaming
                     outbox = streaming.courier.outbox(Outgoing(self.channel_id, streaming.channel_settings))
                     outbox.attempt = self.attempt
                     self._outbox_made, self._pid = outbox, os.getpid()
@@ -408,7 +412,7 @@ class StreamContext:
 
     def _show_life(self, outbox: Outbox) -> None:
         if self._rebuilt and outbox.alive_every is None and self.ended is None:
-            outbox.live(self._streaming.channel_settings.producer_timeout / SIGNS)
+            outbox.live(self.streaming.channel_settings.producer_timeout / SIGNS)
 
     def _put(self, event: StreamEvent) -> None:
         if self.ended is not None:
@@ -433,14 +437,15 @@ class StreamContext:
         frame = outbox.outgoing.frame(event)
         if not outbox.flush(FLUSH_SECONDS):
             raise BackendError(f"channel {self.channel_id}: Redis did not take what was said before the ending")
-        streaming = self._streaming
+        streaming = self.streaming
         outbox.outgoing.done(
             streaming.broker.run(outbox.outgoing.append([frame], ending=event.event, attempt=self.attempt))
         )
         self.ended = event.event
         outbox.stop()
 
-    async def _end_async(self, event: StreamEvent) -> None:
+    async def end_async(self, event: StreamEvent) -> None:
+        """End the run with *event*, one of the endings."""
         if self.ended is not None:
             raise RunEndedError(self.channel_id, self.ended)
         outbox = self._outbox()
@@ -462,9 +467,18 @@ class StreamContext:
         sender = self._senders.get(loop)
         if sender is None:
             self._senders = {known: made for known, made in self._senders.items() if not known.is_closed()}
-            outgoing = Outgoing(self.channel_id, self._streaming.channel_settings)
-            sender = self._senders[loop] = AsyncSender(self._streaming, outgoing)
+            outgoing = Outgoing(self.channel_id, self.streaming.channel_settings)
+            sender = self._senders[loop] = AsyncSender(self.streaming, outgoing)
         return sender
+
+
+def find_context(entity: Any) -> Any:
+    """Return the part of *entity* that `StreamContext.to_dict()` made: itself, or one of its values; or None."""
+    values = entity.values() if isinstance(entity, Mapping) else ()
+    for value in (entity, *values):
+        if isinstance(value, Mapping) and MARK in value:
+            return value
+    return None
 
 
 async def cancel_run(streaming: Streaming, channel_id: str, reason: str) -> Status:
@@ -503,5 +517,6 @@ def _progress(percent: Any, step: str | None) -> StreamEvent:
     return _event("progress", {"percent": percent, "step": step})
 
 
-def _failure_id() -> str:
+def failure_id() -> str:
+    """Return an id by which a failure that a client is told of is found in the log."""
     return os.urandom(6).hex()

@@ -2,12 +2,15 @@
 
 StreamError
 ├── InvalidEventError (ValueError)      an event that cannot be put on the wire
+├── InvalidEntityError (ValueError)     what a job cannot be given
 ├── ConfigurationError (ValueError)     a setting, a key or a combination that cannot work
+│   └── UnknownProcessorError           an operation that nobody has registered
 ├── StreamLimitExceeded                 no lease was free
 ├── RunEndedError                       a verb for a run that is over
 ├── RunCancelledError                   somebody asked for the run to stop
 ├── AttemptSupersededError              a verb of an attempt that another one has replaced
 ├── BackendError                        Redis or OpenSearch did not do what was asked
+│   └── EnqueueError                    a job that may not be in the queue
 └── MissingExtraError (ImportError)     an optional package is not installed
 
 StreamLeaseWarning (UserWarning) marks uses of leases that do not limit what they seem to limit.
@@ -15,8 +18,13 @@ StreamLeaseWarning (UserWarning) marks uses of leases that do not limit what the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asgi_stream.job_queue.job import Job
 
 
 class StreamError(Exception):
@@ -31,8 +39,21 @@ class InvalidEventError(StreamError, ValueError):
         self.field = field
 
 
+class InvalidEntityError(StreamError, ValueError):
+    """What a job was to be given has no JSON form, or is too large."""
+
+
 class ConfigurationError(StreamError, ValueError):
     """A setting that cannot work; the text names the setting and what it takes."""
+
+
+class UnknownProcessorError(ConfigurationError):
+    """A job for an operation that is not registered. ``name`` is its name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = ", ".join(sorted(known)[:20]) or "none"
+        super().__init__(f"no operation {name!r} is registered; known: {names}")
+        self.name = name
 
 
 class StreamLimitExceeded(StreamError):  # noqa: N818 - a public name of the design
@@ -86,6 +107,14 @@ class AttemptSupersededError(StreamError):
 
 class BackendError(StreamError):
     """Redis or OpenSearch refused or did not answer. The driver's own exception is the ``__cause__``."""
+
+
+class EnqueueError(BackendError):
+    """Redis did not take a job, or did not say whether it did. ``job`` can be cancelled in either case."""
+
+    def __init__(self, message: str, job: Job) -> None:
+        super().__init__(message)
+        self.job = job
 
 
 class MissingExtraError(StreamError, ImportError):

@@ -6,6 +6,7 @@ Nothing here opens a connection or makes an event-loop object before it is used 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import warnings
@@ -32,6 +33,8 @@ from asgi_stream.leases.limiter import StreamLeaseLimiter
 from asgi_stream.leases.policy import user_key
 
 _CHANNEL_DEFAULTS = ChannelConfig()
+
+logger = logging.getLogger("asgi_stream")
 
 
 class Streaming:
@@ -251,6 +254,20 @@ def init_streaming(
         )
         _default.asked = asked
         return _default.streaming
+
+
+def adopt_redis(redis: QueueRedisConfig) -> None:
+    """Make *redis* the process default's, unless streaming was initialised: a worker's is its queue's."""
+    with _default.lock:
+        if _default.asked is not None or _default.streaming is not None:
+            return
+        named = QueueRedisConfig.from_env()
+        if named is not None and named != redis:
+            logger.warning(
+                "REDIS_URL names another Redis than the queue's. This process publishes to the queue's: call "
+                "init_streaming() before if that is not where your web processes listen"
+            )
+        init_streaming(redis)
 
 
 def init_lease_limiter(

@@ -109,6 +109,7 @@ class Courier:
         self._ready: deque[Outbox] = deque()
         self._queued: set[int] = set()
         self._living: weakref.WeakSet[Outbox] = weakref.WeakSet()
+        self._outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._signs_at = 0.0
@@ -117,7 +118,34 @@ class Courier:
         """Make the outbox of one producer."""
         if self._pid != os.getpid():
             self._start_anew()  # the thread stayed in the parent [O3]
-        return Outbox(self, outgoing)
+        outbox = Outbox(self, outgoing)
+        with self.changed:
+            self._outboxes.add(outbox)
+        return outbox
+
+    def flush_channel(self, channel: str, seconds: float) -> bool:
+        """Wait until what everybody in this process said on *channel* was acknowledged; False if that takes longer."""
+        with self.changed:
+            return self.changed.wait_for(lambda: all(outbox._is_empty() for outbox in self._of(channel)), seconds)
+
+    def refuse(self, channel: str, failure: StreamError) -> None:
+        """Let nobody in this process say more on *channel*: its verbs raise *failure* from now on."""
+        with self.changed:
+            for outbox in self._of(channel):
+                outbox.failure = failure
+                outbox.alive_every = None
+                outbox._waiting.clear()
+                outbox._bytes = 0
+            self.changed.notify_all()
+
+    def ask_to_stop(self, channel: str, reason: str) -> None:
+        """Tell everybody in this process who works for *channel* that its run is to stop."""
+        with self.changed:
+            for outbox in self._of(channel):
+                outbox.cancelling = outbox.cancelling or reason
+
+    def _of(self, channel: str) -> list[Outbox]:
+        return [outbox for outbox in self._outboxes if outbox.outgoing.channel == channel]
 
     def wake(self, outbox: Outbox) -> None:
         """Look at *outbox*. With the lock held."""
