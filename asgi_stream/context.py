@@ -197,11 +197,19 @@ class StreamContext:
         await self._put_async(_event("token", {"text": text}))
 
     def emit(self, event: str, data: Any) -> None:
-        """Publish an event with a name of your own."""
-        self._put(StreamEvent(data, event))
+        """Publish an event with a name of your own. An ending's name ends the run."""
+        made = StreamEvent(data, event)
+        if event in events.ENDINGS:
+            self._end(made)
+        else:
+            self._put(made)
 
     async def emit_async(self, event: str, data: Any) -> None:
-        await self._put_async(StreamEvent(data, event))
+        made = StreamEvent(data, event)
+        if event in events.ENDINGS:
+            await self.end_async(made)
+        else:
+            await self._put_async(made)
 
     # Endings
 
