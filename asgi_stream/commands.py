@@ -40,20 +40,20 @@ def demo(
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     speed: Annotated[float, typer.Option(min=0.1, max=1000, help="Tokens a second of the built-in model.")] = 25.0,
     limit: Annotated[int, typer.Option(min=1, max=100, help="Open streams per user.")] = 5,
+    redis_url: Annotated[str | None, typer.Option(help="A Redis to use instead of an embedded one.")] = None,
 ) -> None:
-    """Show a page that streams tokens, hits the limit and cuts connections.
+    """Show a page that streams tokens, hits the limit, and follows a job over killed workers and restarts of Redis.
 
     The tokens come from OPENAI_BASE_URL (with OPENAI_API_KEY, OPENAI_MODEL) if it is set, else from a local server
-    that speaks the same protocol.
+    that speaks the same protocol. Two web processes, two workers and a Redis are started, and end with the demo.
     """
-    for module in ("fastapi", "uvicorn", "httpx"):
+    for module in ("fastapi", "uvicorn", "httpx", "docket"):
         require(module, extra="demo")
-    from asgi_stream.asgi.listener import PortTakenError
     from asgi_stream.demo.server import run
 
     try:
-        run(host=host, port=port, browser=browser, speed=speed, limit=limit)
-    except PortTakenError as exc:
+        run(host=host, port=port, browser=browser, speed=speed, limit=limit, redis_url=redis_url)
+    except StreamError as exc:
         print(exc, file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -1,55 +1,80 @@
-"""Starts the demo: the upstream in a process of its own, then the web server."""
+"""Starts the demo: Redis, the model, two workers and a second web server, each a process; and serves the first page."""
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
 import sys
+import tempfile
 import threading
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 
 import uvicorn
 
 from asgi_stream.asgi.listener import listen
-from asgi_stream.demo.app import create_app
-from asgi_stream.errors import StreamError
+from asgi_stream.demo.app import DemoSettings, create_app
+from asgi_stream.demo.processes import Child, Troupe
+from asgi_stream.errors import MissingExtraError
+from asgi_stream.redis.embedded import EmbeddedRedis
 
 
-def run(*, host: str, port: int, browser: bool, speed: float, limit: int) -> None:
+def run(*, host: str, port: int, browser: bool, speed: float, limit: int, redis_url: str | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    listener = listen(host, port)
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    with _upstream() as (upstream_url, local):
-        app = create_app(upstream_url, local_upstream=local, limit=limit, speed=speed)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(host, port))
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="asgi_stream-demo-", ignore_cleanup_errors=True)
+        )
+        redis = None if redis_url else _embedded(stack, folder)
+        shared = redis_url or (redis.url if redis else None)
+        troupe = Troupe(redis)
+        upstream_url, local = _upstream(troupe)
+        settings = DemoSettings(
+            upstream_url=upstream_url,
+            local_upstream=local,
+            limit=limit,
+            speed=speed,
+            redis_url=shared,
+            may_restart_redis=redis is not None,
+            folder=folder,
+        )
+        stack.enter_context(troupe)
+        if shared is not None:
+            from asgi_stream.demo import worker
+
+            for _ in range(2):
+                troupe.add(Child(worker.__name__, shared))
+            other = asdict(replace(settings, other_url=url, name="second"))
+            web = Child("asgi_stream.demo.web", first_line=json.dumps(other), says_port=True)
+            settings = replace(settings, other_url=f"http://127.0.0.1:{troupe.add(web).port}")
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning"))
         print(f"Demo at {url}  (Ctrl-C ends it)", flush=True)
         if browser:
             threading.Timer(0.5, webbrowser.open, [url]).start()
         server.run([listener])
 
 
-@contextmanager
-def _upstream() -> Iterator[tuple[str, bool]]:
+def _embedded(stack: ExitStack, folder: str) -> EmbeddedRedis | None:
+    try:
+        return stack.enter_context(EmbeddedRedis(folder=_made(folder, "redis")))
+    except MissingExtraError as exc:
+        print(f"The deploy panel is off: {exc}", file=sys.stderr)
+        return None
+
+
+def _made(folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    os.mkdir(path)
+    return path
+
+
+def _upstream(troupe: Troupe) -> tuple[str, bool]:
     """The base URL of an OpenAI-compatible API, and whether it is the built-in one."""
     url = os.environ.get("OPENAI_BASE_URL")
     if url:
-        yield url.rstrip("/"), False
-        return
-    process = subprocess.Popen(
-        [sys.executable, "-m", "asgi_stream.demo.upstream"],
-        stdin=subprocess.PIPE,  # it ends when this pipe does: at our exit, and at our death
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for us; we end it after the streams that use it
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        port = process.stdout.readline().strip()
-        if not port:
-            raise StreamError("the demo's upstream server did not start; its error is above")
-        yield f"http://127.0.0.1:{int(port)}/v1", True
-    finally:
-        process.stdin.close()
-        process.wait(5)
+        return url.rstrip("/"), False
+    child = troupe.add(Child("asgi_stream.demo.upstream", says_port=True))
+    return f"http://127.0.0.1:{child.port}/v1", True

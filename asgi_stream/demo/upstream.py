@@ -1,13 +1,12 @@
 """A local server that speaks OpenAI's chat protocol, so that the demo's tokens come from a real upstream.
 
-Run as ``python -m asgi_stream.demo.upstream``: it prints its port, and ends when its standard input does, so that it
-cannot outlive the demo, however that ends.
+Run as ``python -m asgi_stream.demo.upstream PORT`` (0 is any): it prints its port, and ends when its standard input
+does, so that it cannot outlive the demo, however that ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asgi_stream import EventStreamResponse
+from asgi_stream.asgi.listener import listen
 
 MODEL = "demo-passages"
 SPEED_HEADER = "x-demo-tokens-per-second"
@@ -115,8 +115,7 @@ app = Starlette(
 
 
 async def serve() -> None:
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", int(sys.argv[1]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve([listener]))
     print(listener.getsockname()[1], flush=True)

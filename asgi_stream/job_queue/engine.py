@@ -26,6 +26,9 @@ require("docket", extra="queue")
 from docket import CurrentExecution, Docket, Execution, Worker  # noqa: E402
 from docket.dependencies import AdmissionBlocked, Retry, TaskOutcome, current_execution  # noqa: E402
 from docket.execution import ExecutionState  # noqa: E402
+from redis.asyncio import Redis  # noqa: E402
+from redis.asyncio.retry import Retry as AsyncRetry  # noqa: E402
+from redis.backoff import ExponentialBackoff  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -37,6 +40,8 @@ FULL_CHECK = timedelta(milliseconds=5)
 IDLE_CHECK = timedelta(milliseconds=250)
 """How long one blocking read waits for a job; one that comes meanwhile is read at once."""
 MAX_RETRY_DELAY = 300.0
+OUTAGE_TRIES = 90
+"""How often a command is tried while Redis is away: for about so many seconds."""
 
 _STATES: dict[ExecutionState, State] = {
     ExecutionState.SCHEDULED: "queued",
@@ -120,6 +125,17 @@ def open_docket(config: QueueConfig) -> Docket:
     )
     docket.tasks.clear()  # its own samples are not our users' operations
     return docket
+
+
+async def endure(docket: Docket) -> None:
+    """Let the worker wait for a Redis that is away for a while.
+
+    docket's worker stops to take jobs, and to keep those it has, at the first error; then it waits for those to end.
+    """
+    async with docket.redis() as entered:
+        client: Any = entered
+        if isinstance(client, Redis):  # a cluster's client has its own way
+            client.set_retry(AsyncRetry(ExponentialBackoff(cap=1.0, base=0.02), OUTAGE_TRIES))
 
 
 def make_worker(

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_stream import events
 from asgi_stream.channels.commands import Append
@@ -34,6 +34,9 @@ from asgi_stream.job_queue.job import Job, JobStatus, QueueStats
 from asgi_stream.job_queue.loop_thread import LoopThread
 from asgi_stream.sse.encode import encode_block
 
+if TYPE_CHECKING:
+    from asgi_stream.runtime import Streaming
+
 logger = logging.getLogger("asgi_stream")
 
 T = TypeVar("T")
@@ -51,11 +54,18 @@ class QueueManager:
 
     Takes a `QueueConfig`, a `QueueRedisConfig` or a URL; without one ``REDIS_URL``. Opens no connection until it is
     used, then keeps them in a thread of its own, for any number of threads and event loops. A forked process makes its
-    own. Raises `MissingExtraError` without the extra ``queue``.
+    own. ``streaming`` is where the runs of its jobs are; by default the process's, or where that has no Redis, the
+    queue's. Raises `MissingExtraError` without the extra ``queue``.
     """
 
-    def __init__(self, config: QueueConfig | QueueRedisConfig | str | None = None) -> None:
+    def __init__(
+        self,
+        config: QueueConfig | QueueRedisConfig | str | None = None,
+        *,
+        streaming: Streaming | None = None,
+    ) -> None:
         self.config = QueueConfig.of(config)
+        self._streaming = streaming
         self._thread = LoopThread("asgi_stream queue")
         self._fresh()
 
@@ -282,7 +292,7 @@ class QueueManager:
         made = find_context(entity)
         if made is None:
             return
-        context = StreamContext.from_dict(made)
+        context = StreamContext.from_dict(made, streaming=self._channels())
         said = [events.StreamEvent({"ts": events.now_ms()}, "queued")]
         if job.warning:
             said.append(
@@ -293,6 +303,15 @@ class QueueManager:
             )
         frames = tuple(encode_block(event) for event in said)
         await context.streaming.broker.run_async(Append(context.channel_id, frames, state="queued"))
+
+    def _channels(self) -> Streaming:
+        """Where the runs are that the jobs belong to. The workers follow the same rule."""
+        from asgi_stream.runtime import current_streaming, streaming_for
+
+        if self._streaming is not None:
+            return self._streaming
+        default = current_streaming()
+        return default if default.channel_redis is not None else streaming_for(self.config.redis, None)
 
     async def _connected(self) -> Docket:
         if self._docket is None:
@@ -389,10 +408,8 @@ class QueueManager:
             raise _backend(exc) from exc
 
     async def _cancel_run(self, channel_id: str, reason: str) -> None:
-        from asgi_stream.runtime import current_streaming
-
         try:
-            await cancel_run(current_streaming(), channel_id, reason)
+            await cancel_run(self._channels(), channel_id, reason)
         except RunEndedError:
             pass
 

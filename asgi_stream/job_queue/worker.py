@@ -104,6 +104,7 @@ class QueueWorker:
         stopped = asyncio.create_task(stopping.wait())
         try:
             async with engine.open_docket(self.config) as docket:
+                await engine.endure(docket)
                 self._register(docket)
                 worker = engine.make_worker(
                     docket, self.config, name=self.name, slots=self.max_workers, unknown=self._job(docket)

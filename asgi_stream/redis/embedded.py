@@ -80,6 +80,11 @@ class EmbeddedRedis:
         """The URL to connect to."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> Self:
         """Start it, on the same port if it ran before."""
         for attempt in range(3):
@@ -128,7 +133,7 @@ class EmbeddedRedis:
         own = None if self._folder else tempfile.mkdtemp(prefix="asgi_stream-redis-")
         keep = ["--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "always"]
         forget = ["--dir", str(own), "--appendonly", "no"]
-        command = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), own or "-", self._program]
+        command = [sys.executable, "-I", str(Path(__file__).parents[1] / "guard.py"), own or "-", self._program]
         command += [str(self._config)] if self._config else []
         command += ["--port", str(port), "--bind", "127.0.0.1"]
         if self._sentinel:

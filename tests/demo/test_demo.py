@@ -34,7 +34,16 @@ class Demo:
         found = re.search(r"http://\S+", line)
         assert found, line
         self.url = found.group()
-        (self.upstream,) = psutil.Process(self.process.pid).children()
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+        self.upstream = self.named("asgi_stream.demo.upstream")[0]
+
+    def named(self, module: str) -> list[psutil.Process]:
+        return [child for child in self.children if module in child.cmdline()]
+
+    def gone(self) -> None:
+        """Wait until every process is."""
+        _, alive = psutil.wait_procs(self.children, HANG)
+        assert alive == []
 
 
 @contextmanager
@@ -47,11 +56,11 @@ def running(*options: str) -> Iterator[Demo]:
         demo.process.wait(HANG)
         if demo.process.stdout is not None:
             demo.process.stdout.close()
-        demo.upstream.wait(HANG)
+        demo.gone()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_demo_and_its_upstream_with_streams_open(number: signal.Signals) -> None:
+def test_a_signal_ends_the_demo_and_all_its_processes_with_streams_open(number: signal.Signals) -> None:
     """[O1]"""
     with running() as demo, httpx.Client(base_url=demo.url, timeout=HANG) as client:
         client.get("/")
@@ -63,13 +72,15 @@ def test_a_signal_ends_the_demo_and_its_upstream_with_streams_open(number: signa
             assert any(line == "event: close" for line in lines)
         demo.process.wait(HANG)
         assert time.monotonic() - begun < 3.0
-        demo.upstream.wait(HANG)
+        demo.gone()
 
 
-def test_the_upstream_dies_with_a_demo_that_was_killed() -> None:
+def test_all_processes_die_with_a_demo_that_was_killed() -> None:
     with running() as demo:
+        assert len(demo.named("asgi_stream.demo.worker")) == 2
+        assert len(demo.named("asgi_stream.demo.web")) == 1
         demo.process.kill()
-        demo.upstream.wait(HANG)
+        demo.gone()
 
 
 def test_the_chat_streams_tokens_and_the_upstream_s_failure_is_a_status() -> None:
@@ -79,8 +90,8 @@ def test_the_chat_streams_tokens_and_the_upstream_s_failure_is_a_status() -> Non
         assert text.count("data: ") > 30
         assert "event: complete" in text
         assert client.get("/stats").json() == {"open": 0, "limit": 5, "upstream_open": 0}
-        demo.upstream.kill()
-        while demo.upstream.status() != psutil.STATUS_ZOMBIE:  # the demo, its parent, does not reap it yet
+        demo.upstream.kill()  # it is started again half a second later
+        while demo.upstream.is_running() and demo.upstream.status() != psutil.STATUS_ZOMBIE:
             pass
         assert client.post("/chat", json={"prompt": "x"}).status_code == 500
 
@@ -192,3 +203,70 @@ def test_the_page_streams_cuts_and_shows_the_limit(page: Any) -> None:
     assert "event: complete" in text("#log")
     page.click("#close-all")
     wait_for("document.querySelector('#open').textContent === '0 of 5'")
+
+
+@pytest.mark.browser
+def test_a_deployment_survives_what_its_buttons_do(page: Any) -> None:
+    """[C1] [C2] [C7]"""
+
+    def text(on: Any, selector: str) -> str:
+        return str(on.text_content(selector))
+
+    def lines(on: Any) -> list[str]:
+        return text(on, "#lines").splitlines()
+
+    def wait_for(condition: str, on: Any = page) -> None:
+        on.wait_for_function(condition)
+
+    more = "Number(document.querySelector('#count').textContent) > "
+
+    # Lines come, and the bar moves.
+    page.click("#deploy")
+    wait_for(f"{more} 50")
+    assert "on worker" in lines(page)[0]
+    assert float(page.get_attribute("#bar", "value")) >= 10
+
+    # A reloaded page has them all again, from the first.
+    before = lines(page)
+    page.click("#reload")
+    wait_for(f"{more} {len(before)}")
+    assert lines(page)[: len(before)] == before
+
+    # A second viewer, on the other web process, sees the same.
+    with page.context.expect_page() as opened:
+        page.click("#second")
+    second = opened.value
+    second.set_default_timeout(HANG * 1000)
+    wait_for(f"{more} {len(before)}", second)
+    assert lines(second)[: len(before)] == before
+    assert {text(page, "#web").split()[0], text(second, "#web").split()[0]} == {"first", "second"}
+
+    # The worker is killed: both are told, and another one does the job.
+    first_worker = text(page, "#worker")
+    page.click("#kill")
+    for on in (page, second):
+        wait_for("document.querySelector('#attempt').textContent === '2'", on)
+        assert "attempt 1 was lost: its worker died" in lines(on)
+    assert text(page, "#worker") != first_worker
+
+    # Redis is restarted: nobody misses anything.
+    count = int(text(page, "#count"))
+    connections = text(page, "#connections")
+    page.click("#restart")
+    wait_for(f"{more} {count + 20}")
+    for on in (page, second):
+        wait_for("document.querySelector('#deploy-state').textContent.startsWith('Complete')", on)
+    assert text(page, "#connections") == connections  # the stream was never interrupted
+    told = [line for line in lines(page) if not line.startswith("—")]
+    assert told == lines(second)
+    assert not any("gone" in line for line in told)
+    begun = next(n for n, line in enumerate(told) if line.startswith("attempt 2"))
+    for line in (f"Compiling 'bundle/{module}/__init__.py'..." for module in ("anyio", "starlette", "asgi_stream")):
+        assert told[begun:].count(line) == 2  # for each of two kinds of bytecode
+
+    # The worker that was killed is back, and a job can be cancelled.
+    page.click("#deploy")
+    wait_for(f"{more} 20")
+    page.click("#cancel")
+    wait_for("document.querySelector('#deploy-state').textContent.startsWith('Cancelled')")
+    second.close()
