@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from asgi_stream.errors import ConfigurationError
@@ -13,6 +13,10 @@ from asgi_stream.errors import ConfigurationError
 REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 
 T = TypeVar("T")
+
+LeaseLimit = int | Callable[[str], int | Awaitable[int]]
+LeasePolicy = Literal["reject", "wait", "evict_oldest"]
+LeaseFallback = Literal["memory", "open", "closed"]
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -54,22 +58,49 @@ class QueueRedisConfig:
 class StreamLeaseConfig:
     """How many streams one user may hold open.
 
-    ``limit``: at most so many at once for each user. ``ttl_seconds``: how long a lease outlives a process that died.
-    ``key_namespace``: how the keys in Redis begin. ``proxied_limit``: the limit of an address that is a proxy's and
-    stands for many users. Environment: ``ASGI_STREAM_LEASE_LIMIT``, ``…_TTL_SECONDS``, ``…_KEY_NAMESPACE``,
-    ``…_PROXIED_LIMIT``.
+    ``limit``: at most so many at once for each user; or a function from the user's id to that number, sync or async
+    (tiers). ``tenant_limit`` and ``global_limit``: at most so many for each tenant, and for all together.
+    ``ttl_seconds``: how long a lease outlives a process that died. ``key_namespace``: how the keys in Redis begin.
+    ``proxied_limit``: the limit of an address that is a proxy's and stands for many users.
+
+    ``policy``: what becomes of a stream for which there is no room. ``"reject"``: a refusal. ``"wait"``: it waits its
+    turn, for at most ``wait_timeout`` seconds. ``"evict_oldest"``: the user's oldest stream ends with `close`
+    (`superseded`).
+
+    ``fallback``: what becomes of new streams while Redis is away. ``"memory"``: each process counts its own;
+    ``"open"``: they are let in; ``"closed"``: they are refused with 503.
+
+    ``rate_limit_headers``: refusals have `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers).
+    ``eventsource_refusals``: requests that ask for an event stream are refused by one: 200, a `failed` event and a long
+    ``retry:``, since for a browser's `EventSource` any other status is final.
+
+    Environment: ``ASGI_STREAM_LEASE_`` and the name in capitals.
     """
 
-    limit: int = 5
+    limit: LeaseLimit = 5
     ttl_seconds: float = 180.0
     key_namespace: str = "stream_leases"
     proxied_limit: int = 1000
+    tenant_limit: int | None = None
+    global_limit: int | None = None
+    policy: LeasePolicy = "reject"
+    wait_timeout: float = 30.0
+    fallback: LeaseFallback = "memory"
+    rate_limit_headers: bool = False
+    eventsource_refusals: bool = False
 
     def __post_init__(self) -> None:
-        check_whole("limit", self.limit, least=1)
+        if not callable(self.limit):
+            check_whole("limit", self.limit, least=1)
         check_whole("proxied_limit", self.proxied_limit, least=1)
+        for name in ("tenant_limit", "global_limit"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least=1)
         check_seconds("ttl_seconds", self.ttl_seconds)
+        check_seconds("wait_timeout", self.wait_timeout)
         check_key_part("key_namespace", self.key_namespace)
+        _one_of("policy", self.policy, get_args(LeasePolicy))
+        _one_of("fallback", self.fallback, get_args(LeaseFallback))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -141,7 +172,21 @@ def parse_bool(text: str) -> bool:
     raise ConfigurationError(f"{text!r} is neither true nor false; write 1 or 0")
 
 
-_PARSERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": parse_bool}
+_PARSERS: dict[str, Any] = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "str": str,
+    "bool": parse_bool,
+    "LeaseLimit": int,
+    "LeasePolicy": str,
+    "LeaseFallback": str,
+}
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:

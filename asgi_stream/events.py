@@ -27,6 +27,9 @@ CloseReason = Literal[
 ResetReason = Literal["epoch", "trimmed", "slow", "expired"]
 """Why events are missing between the client's position and the next event."""
 
+FINAL_REASONS: frozenset[str] = frozenset({"superseded", "expired", "revoked"})
+"""After these a client is not to come back by itself."""
+
 ENDINGS: frozenset[str] = frozenset(get_args(Ending))
 CLOSE_REASONS: frozenset[str] = frozenset(get_args(CloseReason))
 RESET_REASONS: frozenset[str] = frozenset(get_args(ResetReason))
@@ -212,9 +215,22 @@ def cancelled(reason: str, *, event_id: str | None = None, ts: int | None = None
 def close(reason: CloseReason, *, retry: int | None = None, ts: int | None = None) -> StreamEvent:
     """The goodbye to one connection. *retry*, in ms, is when to come back.
 
-    It has no id: the client keeps the position of the last event that it has seen.
+    It has no id: the client keeps the position of the last event that it has seen. Only after a reason that is final
+    (`FINAL_REASONS`) it has one, by which a client that returns all the same is known (`told_to_stay_away`).
     """
-    return _event("close", {"reason": reason}, None, ts, retry)
+    ts = now_ms() if ts is None else ts
+    return _event("close", {"reason": reason}, f"{ts:x}.x" if reason in FINAL_REASONS else None, ts, retry)
+
+
+def told_to_stay_away(last_event_id: str, within: float = 3600.0) -> bool:
+    """Whether a client with this last event id was ended for good at most *within* seconds ago [W4]."""
+    at, dot, kind = last_event_id.partition(".")
+    if kind != "x" or not dot:
+        return False
+    try:
+        return -60 <= time.time() - int(at, 16) / 1000 <= within
+    except ValueError:
+        return False
 
 
 def reset(

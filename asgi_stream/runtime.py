@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +25,7 @@ from asgi_stream.channels.hub import Hub
 from asgi_stream.channels.memory import MemoryBroker
 from asgi_stream.channels.model import check_channel
 from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig, secret_from_env
-from asgi_stream.errors import ConfigurationError, StreamLeaseWarning
+from asgi_stream.errors import ConfigurationError
 from asgi_stream.events import json_bytes
 from asgi_stream.leases.handover import LeaseBlock
 from asgi_stream.leases.limiter import StreamLeaseLimiter
@@ -73,7 +72,7 @@ class Streaming:
         self.events_url = events_url
         self.streams = OpenStreams() if _streams is None else _streams
         self.token = os.urandom(8).hex()  # tells this object's memory from that of another process
-        self.channel_redis = self.redis
+        self.channel_redis = self.lease_redis = self.redis
         self._limiter: StreamLeaseLimiter | None = None
         self._use_memory = False
         self._broker: Broker | None = None
@@ -86,14 +85,10 @@ class Streaming:
     def leases(self) -> StreamLeaseLimiter:
         """The limiter, made on first use."""
         if self._limiter is None:
-            if self.redis is not None and not self._use_memory:
-                warnings.warn(
-                    "this version counts leases per process even when Redis is configured; with several processes "
-                    "the limit holds for each. init_lease_limiter(use_memory=True) says that you know",
-                    StreamLeaseWarning,
-                    stacklevel=2,
-                )
-            self._limiter = StreamLeaseLimiter(self.lease_config, refusal=HTTPStreamLimitExceeded)
+            with self._lock:
+                if self._limiter is None:
+                    redis = None if self._use_memory else self.lease_redis
+                    self._limiter = StreamLeaseLimiter(self.lease_config, redis=redis, refusal=HTTPStreamLimitExceeded)
         return self._limiter
 
     @property
@@ -179,6 +174,9 @@ class Streaming:
         hub = self._hubs.pop(asyncio.get_running_loop(), None)
         if hub is not None:
             await hub.aclose()
+        limiter, self._limiter = self._limiter, None
+        if limiter is not None:
+            await limiter.aclose()
         courier, self._courier = self._courier, None
         if courier is not None:
             await asyncio.to_thread(courier.close)
@@ -187,14 +185,23 @@ class Streaming:
             await broker.aclose()
 
 
-def stream_lease(user_id: str, *, limit: int | None = None, limiter: StreamLeaseLimiter | None = None) -> LeaseBlock:
+def stream_lease(
+    user_id: str,
+    *,
+    limit: int | None = None,
+    weight: int = 1,
+    tenant: str | None = None,
+    limiter: StreamLeaseLimiter | None = None,
+) -> LeaseBlock:
     """Hold one of *user_id*'s stream slots: ``async with stream_lease(str(user.id)) as lease:`` (or ``with``).
 
-    ``limit`` replaces the configured one, ``limiter`` the process default. Raises `StreamLimitExceeded`, which is a
+    ``limit`` replaces the configured one, ``limiter`` the process default; ``weight``: it takes so many slots;
+    ``tenant``: whose user it is, for ``tenant_limit``. Raises `StreamLimitExceeded`, which is a
     429 response as well. In an endpoint the slot lasts as long as the response: see `leases.handover` for who
     releases it. In a generator, a WebSocket handler or a worker it is held to the end of the block.
     """
-    return LeaseBlock(_default_leases if limiter is None else lambda: limiter, user_key(user_id), limit)
+    made = _default_leases if limiter is None else lambda: limiter
+    return LeaseBlock(made, user_key(user_id), limit, weight=weight, tenant=tenant)
 
 
 def current_streaming() -> Streaming:
@@ -282,17 +289,18 @@ def init_lease_limiter(
     """
     streaming = current_streaming()
     wanted = _typed("config", config, StreamLeaseConfig) or streaming.lease_config
-    redis = _redis(redis_config) or streaming.redis
+    redis = _redis(redis_config) or streaming.lease_redis
     with _default.lock:
         if streaming._limiter is not None:
-            if (wanted or StreamLeaseConfig()) != streaming._limiter.config or redis != streaming.redis:
+            asked = (wanted or StreamLeaseConfig(), redis, use_memory)
+            if asked != (streaming._limiter.config, streaming.lease_redis, streaming._use_memory):
                 raise ConfigurationError(
                     "init_lease_limiter() comes too late: leases are in use with other settings; call it at start-up, "
                     "or `await shutdown_streaming()` first"
                 )
             return streaming._limiter
         streaming.lease_config = wanted
-        streaming.redis = redis
+        streaming.lease_redis = redis
         streaming._use_memory = use_memory
     return streaming.leases
 

@@ -14,7 +14,6 @@ from asgi_stream import (
     QueueRedisConfig,
     Streaming,
     StreamLeaseConfig,
-    StreamLeaseWarning,
     init_channels,
     init_event_storage,
     init_lease_limiter,
@@ -77,10 +76,10 @@ async def test_the_limiter_may_be_refined_until_its_first_use() -> None:
         init_lease_limiter(config=StreamLeaseConfig(limit=5))
 
 
-async def test_leases_say_that_they_count_per_process_where_redis_is_configured() -> None:
-    with pytest.warns(StreamLeaseWarning, match="per process"):
-        assert Streaming("redis://localhost").leases.limit == 5
-    assert init_lease_limiter("redis://localhost", use_memory=True).limit == 5
+async def test_leases_are_counted_in_memory_where_that_is_said() -> None:
+    limiter = init_lease_limiter("redis://localhost:1", use_memory=True)
+    assert limiter.limit == 5
+    limiter.acquire("ann").release()  # asks nobody
 
 
 async def test_channels_may_be_refined() -> None:

@@ -6,23 +6,31 @@ Pure ASGI. Requests that do not stream pass with two wrapped callables and no le
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Iterable
+from time import monotonic
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_stream import events
-from asgi_stream.asgi.identity import Identify, Identity, authenticated_name, identify, warn_refused_by_address
-from asgi_stream.asgi.refusal import retry_after_seconds, send_problem
+from asgi_stream.asgi.gone import is_gone, stay_away
+from asgi_stream.asgi.identity import Identify, authenticated_name, identify, warn_refused_by_address
+from asgi_stream.asgi.refusal import retry_after_seconds, send_refusal, send_unavailable, wants_events
 from asgi_stream.asgi.shutdown import STREAMS_KEY, OpenStreams, ShutdownWatch, abort_connection
 from asgi_stream.asgi.tasks import cancellable_task
-from asgi_stream.errors import ConfigurationError, StreamLimitExceeded
+from asgi_stream.asgi.waiting import WaitingLine
+from asgi_stream.errors import BackendError, ConfigurationError, StreamLimitExceeded
+from asgi_stream.events import CloseReason
 from asgi_stream.formats import SSE
-from asgi_stream.leases.handover import Hold, current_hold
+from asgi_stream.leases.handover import Hold, Terms, current_hold
+from asgi_stream.leases.store import Loss
 from asgi_stream.runtime import Streaming, current_streaming
 from asgi_stream.sse import encode
+
+logger = logging.getLogger("asgi_stream")
 
 STREAMING_TYPES = (
     b"text/event-stream",
@@ -81,8 +89,11 @@ class StreamLeaseMiddleware:
         request = _Request(scope, receive, send, streaming, self._identify or streaming.identify)
         token = current_hold.set(request.hold)
         try:
+            if kind == "http" and is_gone(scope):
+                await stay_away(send)  # before it takes anybody's slot
+                return
             early = self._early(scope, request)
-            if early and not await request.admit():
+            if early and not await request.admit(early=True):
                 return
             if kind == "http":
                 await request.run(self.app)
@@ -99,7 +110,7 @@ class StreamLeaseMiddleware:
             return False
         if scope["type"] == "websocket":
             return True
-        return any(name == b"accept" and b"text/event-stream" in value for name, value in scope["headers"])
+        return wants_events(scope)
 
 
 class _RefusedError(OSError):
@@ -110,12 +121,16 @@ class _Request:
     """One request: its hold, its wrapped callables, and its end."""
 
     __slots__ = (
+        "_aside",
         "_cancelled",
         "_client_send",
+        "_end_reason",
         "_foreign",
+        "_good_until",
         "_interrupted",
         "_last_body",
         "_message_over",
+        "_queue",
         "_reading",
         "_receive",
         "_refused",
@@ -147,6 +162,10 @@ class _Request:
         self._foreign = False  # a stream that is not ours to end otherwise
         self._registered = False
         self._sse = False
+        self._queue: WaitingLine | None = None
+        self._aside: asyncio.Future[None] | None = None  # kept: a task that nothing refers to may be collected
+        self._end_reason: CloseReason = "shutdown"
+        self._good_until = float("inf")
         self._last_body = b""
         self._message_over = False
         self._refused = False
@@ -164,6 +183,10 @@ class _Request:
             if self.hold.streaming or self._refused:
                 raise
             await self._refuse(exc)
+        except BackendError as exc:
+            if self.hold.streaming or self._refused or self.hold.leases:
+                raise
+            await self._refuse_without_redis(exc)
         except Exception:
             if not self._refused and not self._stopped:
                 raise
@@ -175,35 +198,65 @@ class _Request:
         if self._stopped and not self._message_over:
             await self._end()
 
-    async def admit(self) -> bool:
+    async def admit(self, *, early: bool = False) -> bool:
         """Take the lease that nobody has asked for; False after a refusal."""
         who = identify(self.scope, self.identify)
-        try:
-            self.hold.choose(self._acquire(who))
-        except StreamLimitExceeded as exc:
-            await self._refuse(exc)
-            return False
-        return True
-
-    def _acquire(self, who: Identity) -> Any:
         limiter = self.streaming.leases
+        limit = limiter.config.proxied_limit if who.proxied else None
         try:
-            return limiter.acquire_key(who.key, limit=limiter.config.proxied_limit if who.proxied else None)
-        except StreamLimitExceeded:
+            if early and self.hold.kind == "http" and limiter.config.policy == "wait" and wants_events(self.scope):
+                self._queue = WaitingLine(self._client_send)
+                acquiring = limiter.acquire_key_async(who.key, limit=limit, on_position=self._queue.tell)
+                lease = await self._queue.until(acquiring, self._receive)
+                if lease is None:
+                    return False  # the client left the line
+            else:
+                lease = await limiter.acquire_key_async(who.key, limit=limit)
+        except StreamLimitExceeded as exc:
             if not who.by_user:
                 warn_refused_by_address(who.key)
-            raise
+            await self._refuse(exc)
+            return False
+        except BackendError as exc:
+            await self._refuse_without_redis(exc)
+            return False
+        self.hold.choose(lease)
+        self.hold.watch(self._on_lost)
+        return True
 
     async def _refuse(self, exc: StreamLimitExceeded) -> None:
         self._refused = self._message_over = True
         if self.hold.kind == "websocket":
             await self._client_send({"type": "websocket.close", "code": 1008, "reason": "too many streams"})
+        elif self._queue is not None and self._queue.begun:
+            await self._queue.refuse(exc)
         else:
-            await send_problem(self._client_send, exc)
+            await send_refusal(self._client_send, exc, self.scope, self.streaming.leases.config)
+
+    async def _refuse_without_redis(self, exc: BackendError) -> None:
+        logger.error("a stream was refused: %s", exc)
+        self._refused = self._message_over = True
+        if self.hold.kind == "websocket":
+            await self._client_send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
+        else:
+            await send_unavailable(self._client_send)
+
+    def _on_lost(self, reason: Loss) -> None:
+        """A lease of this request was taken away; whoever else watches for that ends the response."""
+        if self.hold.kind == "websocket":
+            if not self._refused:
+                self._refused = True
+                closing = self._client_send({"type": "websocket.close", "code": 1008, "reason": reason})
+                self._aside = asyncio.ensure_future(closing)
+        elif self._foreign:
+            self._end_reason = reason
+            self.shutdown()
 
     async def receive(self) -> Message:
         if self._stopped or self._refused:
             return {"type": "http.disconnect"}
+        if self._queue is not None and self._queue.received:
+            return self._queue.received.pop(0)
         self._reading = cancellable_task()
         try:
             message = await self._receive()
@@ -223,6 +276,8 @@ class _Request:
         kind = message["type"]
         if self._refused:
             raise _RefusedError("the stream was refused")
+        if self._foreign and monotonic() >= self._good_until:
+            self._good_until = await Terms(None, self.hold).renew()
         if self._stopped and self._foreign:
             raise _RefusedError("the server shuts down")
         if kind == "http.response.body":
@@ -238,6 +293,11 @@ class _Request:
                 raise _RefusedError("the stream was refused")
             if self._message_over:
                 return
+            if self._queue is not None and self._queue.begun:
+                if not await self._queue.begin_response(message):
+                    self._refused = self._message_over = True
+                    raise _RefusedError("it answered with something else than the stream that had begun")
+                return
         await self._client_send(message)
 
     async def _on_start(self, message: Message) -> None:
@@ -250,7 +310,7 @@ class _Request:
                 retry_after = value
         refusal = self.hold.refusal
         if refusal is not None and message["status"] == 429 and retry_after == b"%d" % retry_after_seconds(refusal):
-            # Nobody caught it: the framework's plain answer becomes problem details.
+            # Nobody caught it: the framework's plain answer becomes ours.
             await self._refuse(refusal)
             return
         streams = self.hold.claimed or content_type.startswith(STREAMING_TYPES)
@@ -263,6 +323,8 @@ class _Request:
             self._foreign = True
             self._sse = content_type.startswith(b"text/event-stream")
             self._registered = True
+            self._good_until = self.hold.good_until
+            self.hold.watch(self._on_lost)
             self._streams.add(self)
 
     async def run_websocket(self, app: ASGIApp) -> None:
@@ -279,8 +341,10 @@ class _Request:
         if kind == "websocket.http.response.start" and self.hold.refusal is not None and not self._can_deny():
             await self._refuse(self.hold.refusal)
             return
-        if kind == "websocket.accept" and not self.hold.leases and not await self.admit():
-            return
+        if kind == "websocket.accept":
+            if not self.hold.leases and not await self.admit():
+                return
+            self.hold.watch(self._on_lost)
         if kind in ("websocket.close", "websocket.http.response.start"):
             self.hold.release()
         await self._client_send(message)
@@ -316,7 +380,7 @@ class _Request:
     async def _end(self) -> None:
         body = b""
         if self._sse and SSE().at_boundary(self._last_body):
-            body = encode(events.close("shutdown", retry=random.randint(1000, 5000)))
+            body = encode(events.close(self._end_reason, retry=random.randint(1000, 5000)))
         self._message_over = True
         self.hold.release()
         self._unregister()

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from asgi_stream import events
+from asgi_stream.asgi.gone import last_event_id
+from asgi_stream.asgi.headers import EVENT_STREAM
 from asgi_stream.asgi.shutdown import STREAMS_KEY
 from asgi_stream.asgi.tasks import cancellable_task
 from asgi_stream.asgi.viewer import ChannelViewer, ViewerSettings
 from asgi_stream.channels.model import check_channel, parse_cursor
 from asgi_stream.errors import ConfigurationError
-from asgi_stream.leases.handover import open_hold, take_current
+from asgi_stream.leases.handover import Terms, open_hold, take_current
 from asgi_stream.leases.limiter import StreamLease
 
 if TYPE_CHECKING:
     from asgi_stream.runtime import Streaming
-
-HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
-]
 
 
 class ChannelResponse(Response):
@@ -60,7 +56,7 @@ class ChannelResponse(Response):
         self.media_type = "text/event-stream; charset=utf-8"
         self.background = background
         self.body = b""
-        self.raw_headers = list(HEADERS)
+        self.raw_headers = list(EVENT_STREAM)
         if streaming.events_url is not None and len(channels) == 1:
             location = f"{streaming.events_url.rstrip('/')}/{quote(channels[0])}"
             self.raw_headers.append((b"location", location.encode("ascii")))
@@ -70,11 +66,14 @@ class ChannelResponse(Response):
             self.raw_headers = [pair for pair in self.raw_headers if pair[0] not in names] + given
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cursors = parse_cursor(self._cursor(scope), len(self._channels))
+        told = self._cursor(scope)
+        cursors = parse_cursor(told, len(self._channels))
         if scope["method"] == "HEAD":
             await self._answer(send, self.status_code, self.raw_headers)
         elif all(cursor is not None and cursor.ending for cursor in cursors):
             await self._answer(send, 204, [])  # the ending's id suffices, without a lookup
+        elif told is not None and events.told_to_stay_away(told):
+            await self._answer(send, 204, [])
         else:
             task = cancellable_task()
             if task is None:
@@ -94,12 +93,6 @@ class ChannelResponse(Response):
         if lease is not None:
             lease.streaming = True
 
-        def release() -> None:
-            if lease is not None:
-                lease.release()
-            if hold is not None:
-                hold.release()
-
         task = cancellable_task()
         assert task is not None
         viewer = ChannelViewer(
@@ -113,7 +106,7 @@ class ChannelResponse(Response):
             task=task,
             receive=receive,
             send=send,
-            release=release if lease is not None or hold is not None else None,
+            terms=Terms(lease, hold),
         )
         await viewer.run()
 
@@ -121,14 +114,7 @@ class ChannelResponse(Response):
         """Where the client was: what the endpoint says, else the header, else the query."""
         if self._last_event_id is not None:
             return self._last_event_id
-        for name, value in scope["headers"]:
-            if name == b"last-event-id":
-                return str(value.decode("latin-1"))
-        query = scope.get("query_string", b"")
-        if b"last_event_id=" not in query:
-            return None
-        found: list[str] = parse_qs(query.decode("latin-1")).get("last_event_id", [])
-        return found[0] if found else None
+        return last_event_id(scope)
 
     async def _answer(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self._lease is not None:

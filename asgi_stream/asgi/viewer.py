@@ -25,6 +25,7 @@ from asgi_stream.channels.hub import Hub, Leg
 from asgi_stream.channels.model import Position, created_at
 from asgi_stream.errors import BackendError
 from asgi_stream.events import CloseReason, StreamEvent
+from asgi_stream.leases.handover import Terms
 from asgi_stream.sse.encode import PING, encode
 
 logger = logging.getLogger("asgi_stream")
@@ -65,6 +66,7 @@ class ChannelViewer:
         "_eager",
         "_ends_at",
         "_failure",
+        "_good_until",
         "_headers",
         "_hub",
         "_legs",
@@ -72,7 +74,6 @@ class ChannelViewer:
         "_parking",
         "_pending",
         "_ping_due",
-        "_release",
         "_send",
         "_sent_at",
         "_settings",
@@ -80,6 +81,7 @@ class ChannelViewer:
         "_status",
         "_streams",
         "_task",
+        "_terms",
         "_writing",
     )
 
@@ -96,7 +98,7 @@ class ChannelViewer:
         task: asyncio.Task[Any],
         receive: Callable[[], Awaitable[Any]],
         send: Callable[[Any], Any],
-        release: Callable[[], None] | None,
+        terms: Terms,
     ) -> None:
         self._hub = hub
         self._loop = hub.loop
@@ -106,7 +108,8 @@ class ChannelViewer:
         self._streams = streams
         self._task = task
         self._send = send
-        self._release = release
+        self._terms = terms
+        self._good_until = terms.good_until  # later nothing is sent without asking whether the lease still holds
         self._context = contextvars.copy_context()
         self._parking = Parking(receive)
         self._backlog = hub.config.viewer_backlog_bytes
@@ -124,6 +127,7 @@ class ChannelViewer:
 
     async def run(self) -> None:
         """Stream to the end."""
+        self._terms.watch(self.close)
         self._streams.add(self)
         self._hub.at(self, self._next_tick(self._begun))
         try:
@@ -169,8 +173,9 @@ class ChannelViewer:
         self._parking.call()
 
     def push(self, body: bytes) -> bool:
-        self._sent_at = self._loop.time()
-        sending = self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sent_at = now = self._loop.time()
+        message = {"type": "http.response.body", "body": body, "more_body": True}
+        sending = self._send(message) if now < self._good_until else self._send_if_held(message)
         if type(sending) is not types.CoroutineType:
             sending = sending.__await__()
         loop, task = self._loop, self._task
@@ -421,6 +426,10 @@ class ChannelViewer:
         await self._body(b"".join(parts))
 
     async def _body(self, body: bytes) -> None:
+        if self._loop.time() >= self._good_until:
+            await self._ask_leave()
+            if self._close_reason is not None:
+                return
         if not self._started:
             await self._start(self._status)
         self._sent_at = self._loop.time()
@@ -449,10 +458,16 @@ class ChannelViewer:
         # Between one and five seconds, so that the clients of a server that restarts do not come back together.
         return encode(events.close(reason, retry=random.randint(1000, 5000)))
 
+    async def _ask_leave(self) -> None:
+        self._good_until = await self._terms.renew()
+
+    async def _send_if_held(self, message: Any) -> None:
+        await self._ask_leave()
+        if self._close_reason is None:
+            await self._send(message)
+
     def _let_go(self) -> None:
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self._terms.release()
 
 
 def _first_step(sending: Any) -> Any:

@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import hiredis
 from redis import exceptions  # here, not at first use: a process that is about to end can import nothing more
 
 from asgi_stream.channels.broker import Broker, Listener, Subscriber
@@ -21,8 +20,9 @@ from asgi_stream.channels.redis_commands import SCRIPTS, announcements, encode, 
 from asgi_stream.channels.redis_subscriber import ClusterSubscriber, RedisSubscriber
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import BackendError, StreamError
-from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, OpenConnection, close, connect
-from asgi_stream.redis.pipe import RETRYABLE, Pipe, ReplyError, UnavailableError, pack
+from asgi_stream.redis.callers import ClusterCaller, PipeCaller, may_pass
+from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, connect
+from asgi_stream.redis.pipe import Pipe, ReplyError, UnavailableError
 from asgi_stream.redis.scripts import Call
 
 logger = logging.getLogger("asgi_stream")
@@ -59,7 +59,7 @@ class RedisBroker:
             except StreamError:
                 raise
             except Exception as exc:
-                if not _may_pass(exc) or time.monotonic() + pause > deadline:
+                if not may_pass(exc) or time.monotonic() + pause > deadline:
                     raise BackendError(f"Redis at {self.location}: {type(exc).__name__}: {exc}") from exc
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, 0.5)
@@ -84,7 +84,7 @@ class RedisBroker:
         try:
             self._client().xread({key: f"{after.offset}-0"}, count=1, block=max(round(seconds * 1000), 1))
         except Exception as exc:
-            if not _may_pass(exc):
+            if not may_pass(exc):
                 raise BackendError(f"Redis at {self.location}: {type(exc).__name__}: {exc}") from exc
             time.sleep(min(seconds, 0.1))  # the read that follows says it if Redis stays away
 
@@ -96,7 +96,7 @@ class RedisBroker:
             try:
                 return call.read(await self._caller().evaluate(call))
             except (UnavailableError, ReplyError, exceptions.RedisError, OSError) as exc:
-                if not _may_pass(exc) or time.monotonic() + pause > deadline:
+                if not may_pass(exc) or time.monotonic() + pause > deadline:
                     raise BackendError(f"Redis at {self.location}: {exc}") from exc
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, 0.5)
@@ -122,7 +122,7 @@ class RedisBroker:
         caller = self._callers.get(loop)
         if caller is None:
             client = self.location.async_client()
-            caller = ClusterCaller(client) if self.location.kind == "cluster" else PipeCaller(client)
+            caller = ClusterCaller(client) if self.location.kind == "cluster" else PipeCaller(client, SCRIPTS.values())
             self._callers[loop] = caller
         return caller
 
@@ -144,109 +144,6 @@ class RedisBroker:
         caller = self._callers.pop(asyncio.get_running_loop(), None)
         if caller is not None:
             await caller.aclose()
-
-
-class PipeCaller:
-    """Commands over one pipelined connection."""
-
-    def __init__(self, client: Any) -> None:
-        async def open_connection() -> OpenConnection:
-            connection = await connect(client)
-            await _load_scripts(connection)
-            return connection
-
-        self.pipe = Pipe(open_connection)
-        self._client = client
-
-    async def evaluate(self, call: Call[Any]) -> Any:
-        try:
-            return await self.pipe.call(*call.words())
-        except ReplyError as exc:
-            if not str(exc).startswith("NOSCRIPT"):
-                raise
-            return await self.pipe.call(*call.words(whole=True))
-
-    async def publish(self, name: str, message: bytes) -> None:
-        await self.pipe.call("PUBLISH", name, message)
-
-    async def aclose(self) -> None:
-        await self.pipe.aclose()
-        await close(self._client)
-
-
-class ClusterCaller:
-    """Commands to a cluster: redis-py finds the node, and follows what moves."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._starting = asyncio.Lock()
-        self._started = False
-
-    async def _start(self) -> None:
-        # Before the first command, and once: several first commands at a time would each begin to read the map.
-        async with self._starting:
-            if not self._started:
-                await self._client.initialize()
-                self._started = True
-
-    async def evaluate(self, call: Call[Any]) -> Any:
-        if not self._started:
-            await self._start()
-        try:
-            return await self._client.execute_command(*call.words())
-        except exceptions.NoScriptError:
-            return await self._client.execute_command(*call.words(whole=True))
-
-    async def publish(self, name: str, message: bytes) -> None:
-        if not self._started:
-            await self._start()
-        await self._client.execute_command("PUBLISH", name, message)
-
-    async def aclose(self) -> None:
-        await close(self._client)
-
-
-async def _load_scripts(connection: OpenConnection) -> None:
-    """Now, not at the first use: a script that is not there yet would run after those sent behind it."""
-    replies = hiredis.Reader()
-    loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    missing = len(SCRIPTS)
-
-    def receive(data: bytes) -> None:
-        nonlocal missing
-        replies.feed(data)
-        while (reply := replies.gets()) is not False:
-            missing -= 1
-            if isinstance(reply, hiredis.ReplyError) and not loaded.done():
-                loaded.set_exception(ReplyError(str(reply)))
-        if not missing and not loaded.done():
-            loaded.set_result(None)
-
-    connection.listen(receive)
-    for script in SCRIPTS.values():
-        connection.write(pack("SCRIPT", "LOAD", script.source))
-    await asyncio.wait([loaded, connection.lost], return_when=asyncio.FIRST_COMPLETED)
-    if not loaded.done():
-        raise UnavailableError("Redis closed the connection")
-    loaded.result()
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same command may succeed if it is sent again."""
-    if isinstance(error, UnavailableError):
-        cause = error.__cause__
-        return cause is None or _may_pass(cause)
-    if isinstance(error, ReplyError):
-        return str(error).startswith(RETRYABLE)
-    return _may_pass_of_driver(error)
-
-
-def _may_pass_of_driver(error: BaseException) -> bool:
-    if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
-        return False
-    if isinstance(error, exceptions.ResponseError):
-        return isinstance(error, exceptions.ReadOnlyError | exceptions.ClusterError) or str(error).startswith(RETRYABLE)
-    return isinstance(error, exceptions.RedisError | OSError | TimeoutError | EOFError)
 
 
 if TYPE_CHECKING:

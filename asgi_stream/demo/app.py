@@ -175,12 +175,14 @@ def _add_deployments(app: FastAPI, settings: DemoSettings, streaming: Streaming,
     @app.post("/worker/kill")
     async def kill_worker(request: JobRequest) -> dict[str, Any]:
         """Kill the process that has the job, as the kernel would."""
-        worker = (await queue.job(request.job).status_async()).worker or ""
-        host, _, pid = worker.rpartition(":")
-        alive = (await queue.stats_async()).workers
-        if host != platform.node() or worker not in alive:
-            raise HTTPException(409, "no worker has this job now")
-        os.kill(int(pid), signal.SIGKILL)
+        status = await queue.job(request.job).status_async()
+        host, _, pid = (status.worker or "").rpartition(":")
+        if status.state != "running" or host != platform.node():
+            raise HTTPException(409, f"no worker has this job now: it is {status.state}")
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            raise HTTPException(409, "its worker is dead already") from None
         return {"killed": int(pid)}
 
     @app.get("/queue")

@@ -55,6 +55,7 @@ class Pump:
         "_on_finish",
         "_receive",
         "_release",
+        "_renew",
         "_running",
         "_sent_at",
         "_status",
@@ -66,6 +67,7 @@ class Pump:
         "end_event",
         "end_id",
         "format",
+        "good_until",
         "headers_sent",
         "items",
         "last_body",
@@ -91,6 +93,8 @@ class Pump:
         on_disconnect: Literal["cancel", "finish"] | float,
         on_finish: OnFinish | None,
         release: Callable[[], None] | None,
+        renew: Callable[[], Awaitable[float]] | None = None,
+        good_until: float = float("inf"),
         open_streams: OpenStreams,
         receive: Callable[[], Awaitable[Any]],
         send: Callable[[Any], Any],
@@ -105,6 +109,8 @@ class Pump:
         self._on_disconnect = on_disconnect
         self._on_finish = on_finish
         self._release = release
+        self._renew = renew  # renews the lease, and returns until when it is good
+        self.good_until = good_until  # monotonic: nothing is sent later without asking whether the lease still holds
         self.open_streams = open_streams
         self._receive = receive
         self.send = send
@@ -177,6 +183,11 @@ class Pump:
                     self._send_aside(goodbye)
                     self._goodbye = True
             self._stop(reason)
+
+    async def ask_leave(self) -> None:
+        """The lease may be somebody else's by now, since it could not be renewed in time: go on only if it is not."""
+        if self._renew is not None:
+            self.good_until = await self._renew()
 
     def cut(self) -> None:
         """Drop the connection of a client that does not read."""
@@ -301,6 +312,10 @@ class Pump:
 
         async def send_aside() -> None:
             try:
+                if self._sent_at >= self.good_until:
+                    await self.ask_leave()
+                    if self.stop_reason is not None:
+                        return
                 if not self.headers_sent:
                     await self.start()
                 await self.send({"type": "http.response.body", "body": body, "more_body": True})

@@ -39,6 +39,9 @@ class Sink(Protocol):
     last_item: float  # monotonic seconds
     last_body: bytes
     items: int
+    good_until: float  # monotonic seconds; later nothing is sent before `ask_leave()`
+
+    def ask_leave(self) -> Any: ...
 
     def start(self) -> Any: ...
 
@@ -95,6 +98,8 @@ def relay(source: AsyncGenerator[Any, None], frame: Callable[[Any], bytes], sink
             count += 1
             now = monotonic()
             sink.last_item = now
+            if now >= sink.good_until:
+                yield from sink.ask_leave().__await__()
             if sink.stop_reason is not None:
                 return
             data = item if type(item) is bytes else frame(item)

@@ -11,22 +11,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from asgi_stream.asgi.gone import last_event_id
+from asgi_stream.asgi.headers import UNBUFFERED
 from asgi_stream.asgi.shutdown import STREAMS_KEY, default_streams
 from asgi_stream.direct.failures import describe
 from asgi_stream.direct.outcome import OnFinish
 from asgi_stream.direct.producer import as_async_generator
 from asgi_stream.direct.pump import Limits, Pump
 from asgi_stream.errors import ConfigurationError
-from asgi_stream.events import StreamEvent
+from asgi_stream.events import StreamEvent, told_to_stay_away
 from asgi_stream.formats import Format, resolve
-from asgi_stream.leases.handover import open_hold, take_current
+from asgi_stream.leases.handover import Terms, open_hold, take_current
 from asgi_stream.leases.limiter import StreamLease
-
-_COMMON_HEADERS = [
-    (b"cache-control", b"no-store, no-transform"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
-]
 
 
 class EventStreamResponse(Response):
@@ -103,9 +99,11 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         end_id = self._end_id(scope) if self._end_event else ""
-        if end_id and scope["method"] == "GET" and _last_event_id(scope) == end_id:
-            await self._answer_without_items(send, 204, [])
-            return
+        if scope["method"] == "GET":
+            told = last_event_id(scope)
+            if told is not None and ((end_id and told == end_id) or told_to_stay_away(told)):
+                await self._answer_without_items(send, 204, [])
+                return
         if scope["method"] == "HEAD":
             await self._answer_without_items(send, self.status_code, self.raw_headers)
             return
@@ -116,12 +114,7 @@ class EventStreamResponse(Response):
         if lease is not None:
             lease.streaming = True
 
-        def release() -> None:
-            if lease is not None:
-                lease.release()
-            if hold is not None:
-                hold.release()
-
+        terms = Terms(lease, hold)
         pump = Pump(
             self._items,
             self._format,
@@ -132,11 +125,15 @@ class EventStreamResponse(Response):
             end_id=end_id,
             on_disconnect=self._on_disconnect,
             on_finish=self._on_finish,
-            release=release if lease is not None or hold is not None else None,
+            release=terms.release if terms else None,
+            renew=terms.renew,
+            good_until=terms.good_until,
             open_streams=scope.get(STREAMS_KEY) or default_streams,
             receive=receive,
             send=send,
         )
+        if terms:
+            terms.watch(pump.close)
         try:
             await pump.run()
         except Exception as exc:
@@ -161,7 +158,7 @@ class EventStreamResponse(Response):
 
     def _set_headers(self, headers: Mapping[str, str] | None) -> None:
         media_type = self.media_type or ""
-        self.raw_headers = [(b"content-type", media_type.encode("latin-1")), *_COMMON_HEADERS]
+        self.raw_headers = [(b"content-type", media_type.encode("latin-1")), *UNBUFFERED]
         if headers:
             given = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
             names = {name for name, _ in given}
@@ -205,13 +202,6 @@ def _limits(seconds: tuple[float | None, ...]) -> Limits:
 
 def _is_seconds(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-
-
-def _last_event_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"last-event-id":
-            return str(value.decode("latin-1"))
-    return None
 
 
 def _has_handler(scope: Scope, exc: Exception) -> bool:

@@ -31,7 +31,7 @@ from asgi_stream.job_queue import engine
 from asgi_stream.job_queue.config import Operation, QueueConfig, name_of
 from asgi_stream.job_queue.engine import Docket, Limits, Order
 from asgi_stream.job_queue.job import Job, JobStatus, QueueStats
-from asgi_stream.job_queue.loop_thread import LoopThread
+from asgi_stream.loop_thread import LoopThread
 from asgi_stream.sse.encode import encode_block
 
 if TYPE_CHECKING:

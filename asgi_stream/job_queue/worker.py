@@ -26,6 +26,9 @@ logger = logging.getLogger("asgi_stream")
 
 _numbers = itertools.count(1)
 
+GOODBYE_SECONDS = 5.0
+"""How long a worker that stops waits for Redis to take back its jobs."""
+
 
 class QueueWorker:
     """Takes jobs of one queue and runs up to ``max_workers`` of them at once: ``asyncio.run(worker.start())``.
@@ -138,9 +141,14 @@ class QueueWorker:
             )
             for attempt in list(self.attempts):
                 attempt.stop(Stop("shutdown"))
-            await asyncio.wait({working})
+            await asyncio.wait({working}, timeout=GOODBYE_SECONDS)
         finally:
             at_once.cancel()
+        if not working.done():
+            logger.error("Redis is away: what this worker has goes on elsewhere when it is taken for dead")
+            while not working.done():
+                working.cancel()
+                await asyncio.wait({working}, timeout=1.0)
         if not working.cancelled():
             working.result()
 

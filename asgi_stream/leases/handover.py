@@ -12,6 +12,7 @@ A block inside a generator, a WebSocket handler or a running stream is simply he
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import sys
@@ -19,11 +20,13 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from time import monotonic
 from types import FrameType, TracebackType
 from typing import Literal
 
 from asgi_stream.errors import StreamLeaseWarning, StreamLimitExceeded
 from asgi_stream.leases.limiter import StreamLease, StreamLeaseLimiter
+from asgi_stream.leases.store import Loss
 
 _GENERATOR = inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
@@ -31,10 +34,13 @@ _GENERATOR = inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 class Hold:
     """The leases of one request. Mutable, since a `ContextVar` set by inner code is not seen outside of it."""
 
-    __slots__ = ("chosen", "claimed", "closed", "kind", "leases", "refusal", "streaming")
+    __slots__ = ("chosen", "claimed", "closed", "kind", "leases", "loop", "lost", "on_lost", "refusal", "streaming")
 
     def __init__(self, kind: Literal["http", "websocket"] = "http") -> None:
         self.kind = kind
+        self.loop = asyncio.get_running_loop()
+        self.lost: Loss | None = None  # why a lease of this request was taken away
+        self.on_lost: Callable[[Loss], None] | None = None  # who ends the response then
         self.leases: list[StreamLease] = []
         self.chosen: StreamLease | None = None  # the middleware's own choice: an explicit key replaces it
         self.streaming = False  # the response has begun
@@ -55,11 +61,30 @@ class Hold:
             self.chosen.release()
             self.chosen = None
         self.leases.append(lease)
+        lease.on_lost(self._lose, self.loop)
 
     def choose(self, lease: StreamLease) -> None:
         """Keep a lease that the middleware took because nobody had asked for one."""
         self.chosen = lease
         self.leases.append(lease)
+        lease.on_lost(self._lose, self.loop)
+
+    def watch(self, on_lost: Callable[[Loss], None]) -> None:
+        """Call *on_lost*, in place of whoever was to be called, when a lease of this request is lost."""
+        self.on_lost = on_lost
+        if self.lost is not None:
+            on_lost(self.lost)
+
+    @property
+    def good_until(self) -> float:
+        """The monotonic time after which a lease of this request may be somebody else's."""
+        return min([lease.good_until for lease in self.leases if lease.held], default=float("inf"))
+
+    def _lose(self, reason: Loss) -> None:
+        if not self.closed and self.lost is None:
+            self.lost = reason
+            if self.on_lost is not None:
+                self.on_lost(reason)
 
     def release(self) -> None:
         """The stream is over."""
@@ -87,21 +112,92 @@ def take_current() -> StreamLease | None:
     return lease
 
 
+class Terms:
+    """What a response has to do with leases: the one that was handed over to it, and those of its request."""
+
+    __slots__ = ("_hold", "_lease")
+
+    def __init__(self, lease: StreamLease | None, hold: Hold | None) -> None:
+        self._lease = lease
+        self._hold = hold
+
+    def __bool__(self) -> bool:
+        return self._lease is not None or self._hold is not None
+
+    @property
+    def good_until(self) -> float:
+        """The monotonic time after which nothing may be sent without `renew`."""
+        soonest = float("inf") if self._hold is None else self._hold.good_until
+        return soonest if self._lease is None else min(soonest, self._lease.good_until)
+
+    async def renew(self) -> float:
+        """Ask whether the leases still hold, if they may not; return until when they do."""
+        leases = [] if self._hold is None else [lease for lease in self._hold.leases if lease.held]
+        if self._lease is not None and self._lease not in leases:
+            leases.append(self._lease)
+        for lease in leases:
+            if lease.good_until <= monotonic():
+                await lease.refresh_async()
+        await asyncio.sleep(0)  # whoever watches for the loss has heard of it now
+        return self.good_until
+
+    def watch(self, on_lost: Callable[[Loss], None]) -> None:
+        """Call *on_lost* when one of the leases is lost."""
+        if self._hold is not None:
+            self._hold.watch(on_lost)
+        if self._lease is not None:
+            self._lease.on_lost(on_lost)
+
+    def release(self) -> None:
+        """The stream is over."""
+        if self._lease is not None:
+            self._lease.release()
+        if self._hold is not None:
+            self._hold.release()
+
+
 class LeaseBlock:
     """``async with`` (or ``with``) around a lease. It is made by `stream_lease()`."""
 
-    __slots__ = ("_key", "_lease", "_limit", "_limiter", "_place", "_token")
+    __slots__ = ("_key", "_lease", "_limit", "_limiter", "_place", "_tenant", "_token", "_weight")
 
-    def __init__(self, limiter: Callable[[], StreamLeaseLimiter], key: str, limit: int | None) -> None:
+    def __init__(
+        self,
+        limiter: Callable[[], StreamLeaseLimiter],
+        key: str,
+        limit: int | None,
+        *,
+        weight: int = 1,
+        tenant: str | None = None,
+    ) -> None:
         self._limiter = limiter
         self._key = key
         self._limit = limit
+        self._weight = weight
+        self._tenant = tenant
         self._lease: StreamLease | None = None
         self._place: Literal["block", "dependency", "generator"] = "block"
         self._token: Token[StreamLease | None] | None = None
 
     async def __aenter__(self) -> StreamLease:
-        return self._enter(sys._getframe(1))
+        place = _place(sys._getframe(1))
+        hold = open_hold()
+        shared = self._shared(hold)
+        if shared is not None:
+            return shared
+        limiter = self._limiter()
+        try:
+            if limiter.is_immediate:
+                lease = limiter.acquire_key(self._key, limit=self._limit, weight=self._weight)
+            else:
+                lease = await limiter.acquire_key_async(
+                    self._key, limit=self._limit, weight=self._weight, tenant=self._tenant
+                )
+        except StreamLimitExceeded as exc:
+            if hold is not None:
+                hold.refusal = exc
+            raise
+        return self._entered(lease, place, hold)
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -109,32 +205,42 @@ class LeaseBlock:
         self._exit(exc_type, sys._getframe(1))
 
     def __enter__(self) -> StreamLease:
-        return self._enter(sys._getframe(1))
+        place = _place(sys._getframe(1))
+        hold = open_hold()
+        shared = self._shared(hold)
+        if shared is not None:
+            return shared
+        try:
+            lease = self._limiter().acquire_key(self._key, limit=self._limit, weight=self._weight, tenant=self._tenant)
+        except StreamLimitExceeded as exc:
+            if hold is not None:
+                hold.refusal = exc
+            raise
+        return self._entered(lease, place, hold)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._exit(exc_type, sys._getframe(1))
 
-    def _enter(self, frame: FrameType) -> StreamLease:
-        hold = open_hold()
-        if hold is not None:
-            shared = hold.find(self._key)
-            if shared is not None:
-                if shared is hold.chosen:
-                    hold.chosen = None  # asked for now: another key no longer replaces it
-                return shared
-        try:
-            lease = self._limiter().acquire_key(self._key, limit=self._limit)
-        except StreamLimitExceeded as exc:
-            if hold is not None:
-                hold.refusal = exc
-            raise
+    def _shared(self, hold: Hold | None) -> StreamLease | None:
+        """The lease that the request has under the same key."""
+        shared = None if hold is None else hold.find(self._key)
+        if shared is not None and hold is not None and shared is hold.chosen:
+            hold.chosen = None  # asked for now: another key no longer replaces it
+        return shared
+
+    def _entered(
+        self, lease: StreamLease, place: Literal["block", "dependency", "generator"], hold: Hold | None
+    ) -> StreamLease:
         self._lease = lease
-        self._place = _place(frame)
+        self._place = place
         if hold is not None and (hold.kind == "websocket" or hold.streaming):
             self._place = "generator"
-        if self._place != "generator":
+        if self._place == "generator":
+            if hold is not None:
+                lease.on_lost(hold._lose, hold.loop)
+        else:
             if hold is not None:
                 hold.add(lease)
             self._token = _current_lease.set(lease)

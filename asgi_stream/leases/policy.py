@@ -27,6 +27,17 @@ def address_key(address: str) -> str:
     return _bounded("addr", address)
 
 
+def tenant_key(tenant: str) -> str:
+    """Return the key under which the streams of a tenant's users are counted."""
+    if type(tenant) is not str or not tenant:
+        raise ConfigurationError(f"a tenant must be text that is not empty, not {tenant!r}")
+    return _bounded("tenant", tenant)
+
+
+GLOBAL_KEY = "global:"
+"""The key under which all streams are counted."""
+
+
 def _bounded(kind: str, name: str) -> str:
     if len(name) > MAX_KEY_LENGTH:
         name = "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -73,6 +73,17 @@ class Pipe:
             self._loop.call_soon(self._flush)
         return future
 
+    def post(self, *words: bytes | str | int | float) -> asyncio.Future[Any] | None:
+        """Send a command before anything else that this tick of the loop sends; None while not connected."""
+        if self._connection is None or self._closed:
+            return None
+        if self._outbox:
+            self._flush()
+        future = self._loop.create_future()
+        self._connection.write(pack(*words))
+        self._sent(future, monotonic())
+        return future
+
     async def aclose(self) -> None:
         """Close the connection; what is not answered yet fails."""
         self._closed = True
@@ -88,6 +99,8 @@ class Pipe:
                 self._task = self._loop.create_task(self._run())
             return  # the task sends it once it is connected
         self._flushing = False
+        if not self._outbox:
+            return  # it left before with something urgent
         outbox, self._outbox = self._outbox, []
         self._connection.write(b"".join([packed for packed, _ in outbox]))
         now = monotonic()

@@ -395,7 +395,7 @@ async def test_fastapis_current_user_is_counted_by_a_dependency_made_of_it() -> 
     await exchange.until_body(b"data: a\n\n")
     limiter = current_streaming().leases
     assert limiter.in_use("bob") == 1
-    assert limiter._store.in_use("addr:192.0.2.7") == 0  # one request, one slot
+    assert limiter.in_use_key("addr:192.0.2.7") == 0  # one request, one slot
     exchange.leave()
     await exchange.end()
 
@@ -561,7 +561,7 @@ async def test_dependency_counts_the_request_s_own_user() -> None:
 
     exchange = Exchange(app, http_scope(client=("198.51.100.7", 1)))
     await exchange.until_body(b"data: a\n\n")
-    assert current_streaming().leases._store.in_use("addr:198.51.100.7") == 1
+    assert current_streaming().leases.in_use_key("addr:198.51.100.7") == 1
     exchange.leave()
     await exchange.end()
-    assert current_streaming().leases._store.in_use("addr:198.51.100.7") == 0
+    assert current_streaming().leases.in_use_key("addr:198.51.100.7") == 0

@@ -216,7 +216,11 @@ def test_a_deployment_survives_what_its_buttons_do(page: Any) -> None:
         return text(on, "#lines").splitlines()
 
     def wait_for(condition: str, on: Any = page) -> None:
-        on.wait_for_function(condition)
+        try:
+            on.wait_for_function(condition)
+        except Exception as exc:
+            shown = text(on, "#deploy-state"), text(on, "#attempt"), lines(on)[-8:]
+            raise AssertionError(f"{condition}: {shown}") from exc
 
     more = "Number(document.querySelector('#count').textContent) > "
 

@@ -449,6 +449,26 @@ async def test_redis_restarted_under_a_running_job(tmp_path: Path) -> None:
         server.stop()
 
 
+async def test_a_worker_stops_without_redis_too(tmp_path: Path) -> None:
+    from asgi_stream import init_streaming, shutdown_streaming
+    from tests.redis_server import start_redis
+
+    server = start_redis()
+    init_streaming(server.url)
+    jobs = Jobs(server.url)
+    try:
+        worker = jobs.worker(shutdown_timeout=0.2)
+        ctx, _ = order(jobs, operations.steps, steps=100_000)
+        await Viewer(ctx).until("data", 3)
+        server.stop()
+        worker.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(worker.ended) == 0
+        assert "Redis is away" in worker.log()
+    finally:
+        await asyncio.to_thread(jobs.close)
+        await shutdown_streaming()
+
+
 # Many
 
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from asgi_stream import EventStreamResponse, StreamEvent, StreamLeaseMiddleware, stream_lease
 from asgi_stream.leases.memory import MemoryLeaseStore
+from asgi_stream.leases.store import Slot
 
 _variable: ContextVar[str] = ContextVar("variable", default="unset")
 
@@ -175,15 +176,15 @@ def _quart() -> Any:
 
 
 class _RecordingStore(MemoryLeaseStore):
-    def release(self, key: str, lease_id: int) -> bool:
+    def release(self, slot: Slot) -> bool:
         record("freed")
-        return super().release(key, lease_id)
+        return super().release(slot)
 
 
 def _record_releases() -> None:
     from asgi_stream.runtime import current_streaming
 
-    current_streaming().leases._store = _RecordingStore()
+    current_streaming().leases._memory = _RecordingStore()
 
 
 def _leases() -> Any:
@@ -272,7 +273,7 @@ def _leases_fastapi() -> Any:
     @app.get("/in_use")
     async def in_use() -> int:
         limiter = current_streaming().leases
-        return limiter.in_use("ann") + limiter._store.in_use("addr:127.0.0.1")
+        return limiter.in_use("ann") + limiter.in_use_key("addr:127.0.0.1")
 
     return app
 

@@ -26,6 +26,11 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._running())
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """Its event loop, once it runs."""
+        return self._loop
+
+    @property
     def is_current(self) -> bool:
         """Whether it is the caller's own thread, which cannot wait for itself."""
         try:
