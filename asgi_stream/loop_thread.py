@@ -65,6 +65,6 @@ class LoopThread:
             loop.run_forever()
             for task in asyncio.all_tasks(loop):
                 task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(asyncio.sleep(0.01))  # transports close in the loop's next rounds
         finally:
             loop.close()

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, TypeVar
 from weakref import ref
 
-from asgi_stream.config import LeaseLimit, QueueRedisConfig, StreamLeaseConfig
+from asgi_stream.config import LeaseLimit, LeasePolicy, QueueRedisConfig, StreamLeaseConfig
 from asgi_stream.errors import BackendError, ConfigurationError, StreamLimitExceeded
 from asgi_stream.leases.memory import MemoryLeaseStore
 from asgi_stream.leases.policy import GLOBAL_KEY, RetryEstimate, tenant_key, user_key
@@ -231,7 +231,7 @@ class StreamLeaseLimiter:
         taken: list[Slot] = []
         try:
             for slot in slots:
-                answer = self._memory.acquire(slot, self.config.policy)
+                answer = self._memory.acquire(slot, self._policy(slot))
                 if not answer.granted and self.config.policy == "wait":
                     answer = self._wait_sync(slot, answer)
                 if not answer.granted:
@@ -303,11 +303,16 @@ class StreamLeaseLimiter:
         wait = self._estimate.retry_after(slot.limit)
         return self._refusal(slot.key, limit=slot.limit, in_use=answer.in_use, retry_after=wait, scope=slot.scope)
 
+    def _policy(self, slot: Slot) -> LeasePolicy:
+        """Nobody's stream gives way to another user's."""
+        policy = self.config.policy
+        return "reject" if policy == "evict_oldest" and slot.scope != "user" else policy
+
     async def _ask(self, slot: Slot) -> Answer:
         redis = self._redis
         if redis is None:
-            return self._memory.acquire(slot, self.config.policy)
-        answer = await redis.acquire(slot, self.config.policy)
+            return self._memory.acquire(slot, self._policy(slot))
+        answer = await redis.acquire(slot, self._policy(slot))
         if answer is not None:
             if answer.granted:
                 self._memory.force(slot)
@@ -319,7 +324,7 @@ class StreamLeaseLimiter:
             self._memory.force(slot)
             answer = Answer(True, 0)
         else:
-            answer = self._memory.acquire(slot, self.config.policy)
+            answer = self._memory.acquire(slot, self._policy(slot))
         if answer.granted:
             redis.register(slot)
         return answer
@@ -459,10 +464,7 @@ class StreamLeaseLimiter:
         if redis is None:
             return
         for slot in lease._slots:
-            try:
-                await redis.refresh(slot)
-            except BackendError as exc:
-                logger.debug("leases: not renewed now: %s", exc)  # Redis is away: it goes on
+            await redis.refresh(slot)
 
     def _released(self, lease: StreamLease) -> None:
         self._give_back(lease._slots)
@@ -475,8 +477,13 @@ class StreamLeaseLimiter:
                 redis.release(slot)
             self._memory.release(slot)
 
+    def close(self) -> None:
+        """Give back what is held, and close the connections. The next use opens others."""
+        if self._redis is not None:
+            self._redis.close()
+
     async def aclose(self) -> None:
-        """Close the connections. The next use opens others."""
+        """`close()` for async code."""
         if self._redis is not None:
             await self._redis.aclose()
 

@@ -128,7 +128,7 @@ class RedisLeaseStore:
     def take(self, slot: Slot) -> None:
         """Keep *slot*, which was given to one who waited, and is good for a short time only."""
         self.slots[slot.id] = slot
-        self._thread.submit(self._refresh([slot]))
+        self._thread.submit(self.refresh_here(slot))
 
     def register(self, slot: Slot) -> None:
         """Keep *slot*, which was given while Redis was away: it is registered when that is back."""
@@ -162,8 +162,15 @@ class RedisLeaseStore:
 
     async def refresh(self, slot: Slot) -> bool:
         """Renew *slot* now; False if it is lost. While Redis is away it is not."""
-        await self.call_async(self._refresh([slot]))
+        await self.call_async(self.refresh_here(slot))
         return slot.id in self.slots
+
+    async def refresh_here(self, slot: Slot) -> None:
+        """`refresh` in the keeper's loop."""
+        try:
+            await self._refresh([slot])
+        except (UnavailableError, ReplyError, exceptions.RedisError, OSError) as exc:
+            self.suspect(exc)
 
     async def holders(self, key: str) -> list[Holder]:
         return await self._insist(self.commands.holders(key))
@@ -185,6 +192,8 @@ class RedisLeaseStore:
 
     async def _insist(self, call: Call[T]) -> T:
         """Do what may be done twice. Raises `BackendError` when Redis stays away."""
+        if not self.admits:
+            await self._until_settled()
         deadline = monotonic() + CALL_SECONDS
         while True:
             try:
@@ -385,6 +394,8 @@ class _Keeper:
             await asyncio.wait([self._task])
         for connection in self._watched:
             connection.abort()
+        if self._watched:
+            await asyncio.wait([connection.lost for connection in self._watched])
         link = self._store._links.pop(asyncio.get_running_loop(), None)
         if link is not None:
             await link.aclose()
@@ -421,6 +432,9 @@ class _Keeper:
         """Open what is watched; return the servers' ids, and whether one is young."""
         self._suspected = False
         if self._store.location.kind == "cluster":
+            # A new client looks at the cluster anew: an old one remembers the primary that has died.
+            old, self._client = self._client, self._store.location.async_client()
+            await close(old)
             await self._client.initialize()
             connections = [await connect_to_node(node) for node in self._client.get_primaries()]
         else:

@@ -6,13 +6,23 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as driver
 
-from asgi_stream import AsyncStreamChannel, StreamContext, Streaming, sse_response
+from asgi_stream import (
+    AsyncStreamChannel,
+    QueueRedisConfig,
+    StreamContext,
+    Streaming,
+    StreamLeaseConfig,
+    StreamLeaseLimiter,
+    StreamLimitExceeded,
+    sse_response,
+)
 from asgi_stream.errors import BackendError
 from tests.asgi_client import Exchange, http_scope
 from tests.redis.topologies import Cluster, Sentinels
@@ -101,6 +111,56 @@ async def test_cluster_failover(tmp_path: Path) -> None:
             await asyncio.to_thread(ctx.complete)
             history = await AsyncStreamChannel(ctx.channel_id, streaming=streaming).history()
             assert [record.event for record in history] == ["log", "complete"]
+    finally:
+        await asyncio.to_thread(cluster.close)
+
+
+async def leases_live_on(url: str, kill: Callable[[], None]) -> None:
+    """Forty streams of eight full users live on over a failover, and nobody gets more once it is over [L4]."""
+    config = StreamLeaseConfig(limit=5)
+    one, two = (StreamLeaseLimiter(config, redis=QueueRedisConfig(url)) for _ in range(2))
+    users = [f"user-{n}" for n in range(8)]
+    try:
+        leases = [
+            await limiter.acquire_async(user)
+            for limiter, mine in ((one, users[:4]), (two, users[4:]))
+            for user in mine
+            for _ in range(5)
+        ]
+        await asyncio.sleep(0.3)  # the replicas have them now
+        kill()
+
+        async def admits(limiter: StreamLeaseLimiter) -> bool:
+            (await limiter.acquire_async("somebody")).release()
+            return limiter._redis is not None and limiter._redis.admits
+
+        for limiter in (one, two):
+            async with asyncio.timeout(HANG):
+                while not await admits(limiter):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+        assert all(lease.held for lease in leases)
+        for user in users:
+            assert len(await one.holders_async(user)) == 5
+            for limiter in (one, two):
+                with pytest.raises(StreamLimitExceeded):
+                    await limiter.acquire_async(user)
+    finally:
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_leases_over_a_sentinel_failover(tmp_path: Path) -> None:
+    sentinels = await asyncio.to_thread(Sentinels, tmp_path)
+    try:
+        await leases_live_on(sentinels.url, sentinels.primary.kill)
+    finally:
+        await asyncio.to_thread(sentinels.close)
+
+
+async def test_leases_over_a_cluster_failover(tmp_path: Path) -> None:
+    cluster = await asyncio.to_thread(Cluster, tmp_path)
+    try:
+        await leases_live_on(cluster.url, cluster.servers[1].kill)
     finally:
         await asyncio.to_thread(cluster.close)
 

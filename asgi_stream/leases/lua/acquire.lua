@@ -35,10 +35,16 @@ if policy == 'evict_oldest' and weight <= limit then
     local oldest = {}
     for _, id in ipairs(redis.call('ZRANGE', held, 0, -1)) do
         if not string.find(id, '#', 1, true) then
-            oldest[#oldest + 1] = {id, tonumber(string.match(id, '^[^:]+:[^:]+:(%d+)') or 0)}
+            local number, since = string.match(id, '^[^:]+:(%d+):(%d+)')
+            oldest[#oldest + 1] = {id, tonumber(since or 0), tonumber(number or 0)}
         end
     end
-    table.sort(oldest, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[1] < b[1]) end)
+    table.sort(oldest, function(a, b)
+        if a[2] ~= b[2] then
+            return a[2] < b[2]
+        end
+        return a[3] < b[3]
+    end)
     for _, entry in ipairs(oldest) do
         if redis.call('ZCARD', held) + weight <= limit then
             break
