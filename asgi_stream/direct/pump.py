@@ -312,7 +312,7 @@ class Pump:
 
         async def send_aside() -> None:
             try:
-                if self._sent_at >= self.good_until:
+                if self._sent_at >= self.good_until and self._close_reason is None:
                     await self.ask_leave()
                     if self.stop_reason is not None:
                         return

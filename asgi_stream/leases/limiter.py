@@ -446,7 +446,10 @@ class StreamLeaseLimiter:
         return self._memory.holders(key) if self._redis is None else await self._redis.holders(key)
 
     async def _revoke(self, key: str, lease: str | None) -> int:
-        return self._memory.revoke(key, lease) if self._redis is None else await self._redis.revoke(key, lease)
+        if self._redis is None:
+            return self._memory.revoke(key, lease)
+        count = await self._redis.revoke(key, lease)
+        return max(count, self._memory.revoke(key, lease))  # here are those, too, that Redis does not have yet
 
     async def _keys(self) -> list[str]:
         return self._memory.keys() if self._redis is None else await self._redis.keys()

@@ -235,6 +235,35 @@ def _leases() -> Any:
     return app
 
 
+def _shared_leases() -> Any:
+    from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
+    from starlette.requests import Request
+    from starlette.routing import Route
+
+    async def two() -> AsyncIterator[Any]:
+        yield 1
+        yield 2
+
+    async def forever() -> AsyncIterator[Any]:
+        yield 1
+        await asyncio.Event().wait()
+
+    async def once(request: Request) -> Any:
+        return EventStreamResponse(two())
+
+    async def task(request: Request) -> Any:
+        return EventStreamResponse(two(), background=BackgroundTask(asyncio.sleep, 2.0))
+
+    async def hold(request: Request) -> Any:
+        return EventStreamResponse(forever(), start_within=0)
+
+    routes = [Route("/" + endpoint.__name__, endpoint) for endpoint in (once, task, hold)]
+    app = Starlette(routes=routes)
+    app.add_middleware(StreamLeaseMiddleware, identify=lambda scope: "ann")
+    return app
+
+
 def _leases_fastapi() -> Any:
     _record_releases()
     from fastapi import Depends, FastAPI
@@ -379,6 +408,7 @@ _MAKERS = {
     "litestar": _litestar,
     "quart": _quart,
     "leases": _leases,
+    "shared_leases": _shared_leases,
     "leases_fastapi": _leases_fastapi,
 }
 
