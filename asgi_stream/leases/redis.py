@@ -436,18 +436,18 @@ class _Keeper:
             old, self._client = self._client, self._store.location.async_client()
             await close(old)
             await self._client.initialize()
-            connections = [await connect_to_node(node) for node in self._client.get_primaries()]
+            for node in self._client.get_primaries():
+                self._watched.append(await connect_to_node(node))  # one by one: the next may fail
         else:
-            connections = [await connect(self._client)]
-        self._watched = connections
+            self._watched.append(await connect(self._client))
         servers, young = set(), False
-        for connection in connections:
+        for connection in self._watched:
             run_id, uptime = await greet(connection)
             servers.add(run_id)
             young = young or uptime < REGISTER_SECONDS
         self._reader = hiredis.Reader()
-        connections[0].listen(self._receive)
-        connections[0].write(pack("SUBSCRIBE", self._store.commands.channels + boot_id()))
+        self._watched[0].listen(self._receive)
+        self._watched[0].write(pack("SUBSCRIBE", self._store.commands.channels + boot_id()))
         return servers, young
 
     async def _keep(self) -> str:

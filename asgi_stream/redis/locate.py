@@ -189,7 +189,11 @@ async def connect_to_node(node: Any) -> OpenConnection:
 
 
 async def _open(connection: Any) -> OpenConnection:
-    await connection.connect()
+    try:
+        await connection.connect()
+    except BaseException:
+        await connection.disconnect(nowait=True)  # a cancellation between the socket and the greeting leaves it open
+        raise
     reader, writer = connection._reader, connection._writer
     # From now on redis-py's object only holds the socket: it closes nothing when it is collected.
     connection._reader = connection._writer = None
