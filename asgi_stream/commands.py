@@ -129,3 +129,51 @@ def tail(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     raise typer.Exit(code)
+
+
+leases = typer.Typer(no_args_is_help=True, help="See and take away the leases of open streams.")
+cli.add_typer(leases, name="leases")
+
+RedisURL = Annotated[str, typer.Option(envvar="REDIS_URL", help="Where the leases are.")]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ASGI_STREAM_LEASE_KEY_NAMESPACE", help="What their keys begin with.", show_default="stream_leases"
+    ),
+]
+
+
+@leases.command("list")
+def list_leases(
+    user: Annotated[str | None, typer.Argument(help="Only this user's.", show_default=False)] = None,
+    redis_url: RedisURL = "redis://localhost:6379/0",
+    namespace: Namespace = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List who holds which leases, the oldest first, in all processes. Looks through all keys if no user is named."""
+    from asgi_stream.leases.command import show
+
+    try:
+        show(user, redis_url=redis_url, namespace=namespace, as_json=json)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@leases.command("revoke")
+def revoke_leases(
+    user: Annotated[str | None, typer.Option(help="All leases of this user.", show_default=False)] = None,
+    lease: Annotated[str | None, typer.Option(help="This one lease.", show_default=False)] = None,
+    redis_url: RedisURL = "redis://localhost:6379/0",
+    namespace: Namespace = None,
+) -> None:
+    """Take leases away: their streams end with `close` (`revoked`). Exits with 1 if there was none."""
+    from asgi_stream.leases.command import revoke
+
+    try:
+        count = revoke(user, lease, redis_url=redis_url, namespace=namespace)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"{count} revoked")
+    raise typer.Exit(0 if count else 1)

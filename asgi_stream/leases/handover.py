@@ -294,9 +294,11 @@ def _in_http_request(frame: FrameType | None) -> bool:
     if threading.current_thread().name.startswith("AnyIO worker thread"):
         return True  # a `def` endpoint; its caller is in another thread
     while frame is not None:
-        scope = frame.f_locals.get("scope")
-        if isinstance(scope, dict) and "type" in scope:
-            return bool(scope["type"] == "http")
+        code = frame.f_code
+        if "scope" in code.co_varnames or "scope" in code.co_freevars:  # to read a frame's variables costs more
+            scope = frame.f_locals.get("scope")
+            if isinstance(scope, dict) and "type" in scope:
+                return bool(scope["type"] == "http")
         frame = frame.f_back
     return False
 

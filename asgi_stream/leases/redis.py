@@ -179,12 +179,14 @@ class RedisLeaseStore:
         return await self._insist(self.commands.revoke(key, lease_id))
 
     async def keys(self) -> list[str]:
-        """The keys of all users that hold a lease: by SCAN, for listings."""
+        """The keys of all users that hold a lease: by SCAN, for listings. Raises `BackendError`."""
         client = self.location.async_client()
-        if self.location.kind == "cluster":
-            await client.initialize()
         try:
+            if self.location.kind == "cluster":
+                await client.initialize()
             names = [name async for name in client.scan_iter(match=self.commands.pattern(), count=1000)]
+        except (exceptions.RedisError, OSError) as exc:
+            raise BackendError(f"Redis at {self.location}: {exc}") from exc
         finally:
             await close(client)
         found = (name.decode().partition("{")[2] for name in names)

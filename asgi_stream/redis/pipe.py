@@ -101,7 +101,11 @@ class Pipe:
         self._flushing = False
         if not self._outbox:
             return  # it left before with something urgent
-        outbox, self._outbox = self._outbox, []
+        # Who was cancelled before it was sent must not be heard behind what undoes it, over another connection.
+        outbox = [command for command in self._outbox if not command[1].cancelled()]
+        self._outbox = []
+        if not outbox:
+            return
         self._connection.write(b"".join([packed for packed, _ in outbox]))
         now = monotonic()
         for _, future in outbox:

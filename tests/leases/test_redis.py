@@ -18,6 +18,7 @@ import redis as driver
 
 from asgi_stream import QueueRedisConfig, StreamLease, StreamLeaseConfig, StreamLeaseLimiter, StreamLimitExceeded
 from asgi_stream.errors import BackendError
+from asgi_stream.redis import callers
 from asgi_stream.redis.embedded import EmbeddedRedis
 from tests.leases.test_stores import until, until_old
 from tests.redis_server import start_redis
@@ -109,6 +110,35 @@ async def test_cancelled_at_any_tick_nothing_is_left(redis_url: str, make: Make)
     assert finished > 0
     await until(lambda: limiter.in_use("ann") == 0)
     assert await held(limiter, "ann") == 0
+
+
+async def test_cancelled_before_the_connection_is_there_it_is_never_asked_for(
+    redis_url: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What undoes an acquire then goes over another connection, and may come first."""
+    await until_old(redis_url)
+    limiter = make(redis_url, limit=1)
+    may_connect = asyncio.Event()
+    test_loop, connect = asyncio.get_running_loop(), callers.connect  # type: ignore[attr-defined]
+
+    async def late(client: Any) -> Any:
+        if asyncio.get_running_loop() is test_loop:
+            await may_connect.wait()
+        return await connect(client)
+
+    monkeypatch.setattr(callers, "connect", late)
+    store = limiter._redis
+    assert store is not None
+    await until(lambda: store.admits)
+    task = asyncio.create_task(limiter.acquire_async("ann"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    await until(lambda: store._keeper is not None and not store._keeper._returned)  # it was given back
+    may_connect.set()
+    (await limiter.acquire_async("ann")).release()
 
 
 async def test_a_cancelled_block_and_a_cancelled_wait_leave_nothing(redis_url: str, make: Make) -> None:
