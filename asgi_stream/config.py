@@ -65,7 +65,7 @@ class StreamLeaseConfig:
 
     ``policy``: what becomes of a stream for which there is no room. ``"reject"``: a refusal. ``"wait"``: it waits its
     turn, for at most ``wait_timeout`` seconds. ``"evict_oldest"``: the user's oldest stream ends with `close`
-    (`superseded`).
+    (`superseded`); the tenant's and the global limit must have room for both for a moment.
 
     ``fallback``: what becomes of new streams while Redis is away. ``"memory"``: each process counts its own;
     ``"open"``: they are let in; ``"closed"``: they are refused with 503.

@@ -230,7 +230,7 @@ class StreamLeaseLimiter:
         slots = self._slots(key, limit, weight, tenant)
         taken: list[Slot] = []
         try:
-            for slot in slots:
+            for slot in self._in_order(slots):
                 answer = self._memory.acquire(slot, self._policy(slot))
                 if not answer.granted and self.config.policy == "wait":
                     answer = self._wait_sync(slot, answer)
@@ -258,7 +258,7 @@ class StreamLeaseLimiter:
         slots = self._slots(key, limit, weight, tenant)
         taken: list[Slot] = []
         try:
-            for slot in slots:
+            for slot in self._in_order(slots):
                 taken.append(slot)  # before it is asked for: to give it back is right whatever became of that
                 answer = await self._ask(slot)
                 if not answer.granted and self.config.policy == "wait":
@@ -289,6 +289,10 @@ class StreamLeaseLimiter:
         if config.global_limit is not None:
             slots.append(Slot(GLOBAL_KEY, weight, config.global_limit, "global"))
         return slots
+
+    def _in_order(self, slots: list[Slot]) -> list[Slot]:
+        """In which order to ask. Nobody's stream gives way to one that a wider scope refuses then."""
+        return slots[::-1] if self.config.policy == "evict_oldest" else slots
 
     def _lease(self, slots: list[Slot]) -> StreamLease:
         lease = StreamLease(self, slots[0])

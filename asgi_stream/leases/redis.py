@@ -101,7 +101,10 @@ class RedisLeaseStore:
             except (UnavailableError, ReplyError, exceptions.RedisError, OSError, TimeoutError) as exc:
                 if not may_pass(exc):
                     raise BackendError(f"Redis at {self.location}: {exc}") from exc
-                self.release(slot)  # whatever became of it
+                # Whatever became of it. By another name, or what gives it back might come after what takes it again.
+                self.release(slot.abandon())
+                if isinstance(exc, TimeoutError):
+                    self._link().drop()
                 self.suspect(exc)
                 continue
             if got.granted:

@@ -45,6 +45,13 @@ class Slot:
             self._id = f"{boot_id()}:{_process.next()}:{int(self.since * 1000)}:{_process.tail}"
         return self._id
 
+    def abandon(self) -> Slot:
+        """Return what this was until now, and become another one: nobody knows what became of asking for it."""
+        old = Slot(self.key, self.weight, self.limit, self.scope)
+        old.since, old._id = self.since, self.id
+        self._id = ""
+        return old
+
 
 class Answer(NamedTuple):
     """What became of asking: it is held, or ``position`` others wait before it, or there is no room."""

@@ -49,6 +49,10 @@ class PipeCaller:
         """Send *call* at once; None if that cannot be. Its future may fail with NOSCRIPT, as any call's."""
         return self.pipe.post(*call.words())
 
+    def drop(self) -> None:
+        """Ask over another connection from now on: this one is silent."""
+        self.pipe.drop()
+
     async def publish(self, name: str, message: bytes) -> None:
         await self.pipe.call("PUBLISH", name, message)
 
@@ -82,6 +86,9 @@ class ClusterCaller:
 
     def post(self, call: Call[Any]) -> asyncio.Future[Any] | None:
         return None  # which node it is for takes a look at the map
+
+    def drop(self) -> None:
+        """redis-py drops a connection whose answer did not come."""
 
     async def publish(self, name: str, message: bytes) -> None:
         if not self._started:

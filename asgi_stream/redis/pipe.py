@@ -84,6 +84,11 @@ class Pipe:
         self._sent(future, monotonic())
         return future
 
+    def drop(self) -> None:
+        """Give the connection up: what waits for an answer fails, and the next command opens another one."""
+        if self._connection is not None:
+            self._connection.abort()
+
     async def aclose(self) -> None:
         """Close the connection; what is not answered yet fails."""
         self._closed = True

@@ -21,6 +21,7 @@ from asgi_stream.errors import BackendError
 from asgi_stream.redis import callers
 from asgi_stream.redis.embedded import EmbeddedRedis
 from tests.leases.test_stores import until, until_old
+from tests.redis.proxy import FaultProxy
 from tests.redis_server import start_redis
 
 pytestmark = pytest.mark.anyio
@@ -139,6 +140,31 @@ async def test_cancelled_before_the_connection_is_there_it_is_never_asked_for(
     await until(lambda: store._keeper is not None and not store._keeper._returned)  # it was given back
     may_connect.set()
     (await limiter.acquire_async("ann")).release()
+
+
+@pytest.mark.parametrize("fault", ["close", "silence"])
+@pytest.mark.parametrize("policy", ["reject", "wait"])
+async def test_an_answer_that_is_lost_leaves_no_slot_taken(redis_url: str, make: Make, fault: Any, policy: str) -> None:
+    """What was done is not known; the slot is asked for again, and the first one is given back."""
+    await until_old(redis_url)
+    async with FaultProxy(redis_url).running() as proxy:
+        limiter = make(proxy.url, limit=2, policy=policy)
+        (await limiter.acquire_async("ann")).release()
+        for round_ in range(1, 4):
+            proxy.drop_reply_to("{user:ann}", fault)
+            lease = await limiter.acquire_async("ann")
+            assert proxy.dropped == round_
+            await until(lambda: limiter._redis is not None and limiter._redis.admits)
+            assert await lease.refresh_async()
+            await until_held(limiter, "ann", 1)
+            lease.release()
+            await until_held(limiter, "ann", 0)
+
+
+async def until_held(limiter: StreamLeaseLimiter, user: str, count: int) -> None:
+    async with asyncio.timeout(HANG):
+        while await held(limiter, user) != count:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
 
 
 async def test_a_cancelled_block_and_a_cancelled_wait_leave_nothing(redis_url: str, make: Make) -> None:

@@ -271,6 +271,19 @@ async def test_many_at_once_in_one_tick(make: Make) -> None:
 # The same program does the same in memory and in Redis.
 
 
+async def test_nobody_gives_way_to_one_that_is_refused_by_a_wider_limit(make: Make) -> None:
+    limiter = make(limit=1, global_limit=2, policy="evict_oldest")
+    first, other = await limiter.acquire_async("ann"), await limiter.acquire_async("bob")
+    with pytest.raises(StreamLimitExceeded) as caught:
+        await limiter.acquire_async("ann")
+    assert caught.value.scope == "global"
+    assert first.held
+    other.release()
+    newer = await limiter.acquire_async("ann")
+    await until(lambda: first.lost)
+    assert newer.held
+
+
 class Differential(RuleBasedStateMachine):
     """Leases are taken, given back, revoked and evicted in both at once."""
 
