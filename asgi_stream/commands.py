@@ -94,13 +94,14 @@ def worker(
     ] = None,
     queue: Annotated[str, typer.Option(help="The queue's name, for a dict of operations.")] = "default",
     max_workers: Annotated[int, typer.Option(min=1, max=10_000, help="Jobs at once.")] = 4,
+    archive: Annotated[bool, typer.Option("--archive", help="Do the archiver's work as well.")] = False,
 ) -> None:
     """Do the jobs of a queue until Ctrl-C or SIGTERM, which lets them finish. A second one hands them back."""
     require("docket", extra="queue")
     from asgi_stream.job_queue.command import run
 
     try:
-        run(registry, redis_url=redis_url, queue=queue, max_workers=max_workers)
+        run(registry, redis_url=redis_url, queue=queue, max_workers=max_workers, archive=archive)
     except StreamError as exc:
         print(exc, file=sys.stderr)
         raise typer.Exit(1) from None
@@ -129,6 +130,69 @@ def tail(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     raise typer.Exit(code)
+
+
+@cli.command()
+def archiver(
+    redis_url: Annotated[
+        str, typer.Option(envvar="REDIS_URL", help="The channels' Redis.")
+    ] = "redis://localhost:6379/0",
+) -> None:
+    """Write the record of events into OpenSearch until Ctrl-C or SIGTERM. Any number of them share the work.
+
+    Publishers need OPENSEARCH_WRITER=archiver (and ASGI_STREAM_ENABLE_STORAGE=1), or writer="archiver". OPENSEARCH_HOST
+    and the other variables of that kind say where the record is.
+    """
+    require("opensearchpy", extra="opensearch")
+    from asgi_stream.storage.command import archive
+
+    try:
+        archive(redis_url)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+storage = typer.Typer(no_args_is_help=True, help="Look after the record of events in OpenSearch (OPENSEARCH_HOST, …).")
+cli.add_typer(storage, name="storage")
+
+
+@storage.command("setup")
+def set_up_storage() -> None:
+    """Install the index template and, for a data stream, the retention policy."""
+    _storage("setup")
+
+
+@storage.command("prune")
+def prune_storage(
+    days: Annotated[
+        int | None,
+        typer.Option(min=1, envvar="OPENSEARCH_RETENTION_DAYS", help="Keep so many days.", show_default=False),
+    ] = None,
+) -> None:
+    """Delete what is older than so many days."""
+    _storage("prune", days)
+
+
+@storage.command("status")
+def show_storage(
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="REDIS_URL", help="Show what waits there for an archiver, too.")
+    ] = None,
+) -> None:
+    """Show what the record holds, and what waits to be written."""
+    _storage("status", redis_url)
+
+
+def _storage(verb: str, *arguments: object) -> None:
+    require("opensearchpy", extra="opensearch")
+    from asgi_stream.storage import command
+
+    try:
+        getattr(command, verb)(*arguments)
+    except StreamError as exc:
+        print(exc, file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 leases = typer.Typer(no_args_is_help=True, help="See and take away the leases of open streams.")

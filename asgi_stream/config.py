@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ T = TypeVar("T")
 LeaseLimit = int | Callable[[str], int | Awaitable[int]]
 LeasePolicy = Literal["reject", "wait", "evict_oldest"]
 LeaseFallback = Literal["memory", "open", "closed"]
+StorageAuth = Literal["none", "basic", "aws"]
+StorageWriter = Literal["publisher", "archiver"]
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -142,6 +145,89 @@ class ChannelConfig:
         return _from_env(cls, "ASGI_STREAM_CHANNEL_", environ)
 
 
+@dataclass(frozen=True, slots=True)
+class StorageConfig:
+    """Where the OpenSearch record of events is, and how it is written. Times are in seconds.
+
+    ``host`` may name several, separated by commas. ``index_prefix``: what the names of its indices begin with.
+    ``auth_type``: ``"none"``, ``"basic"`` (``username``, ``password``; use TLS) or ``"aws"`` (SigV4 with the default
+    credentials, ``aws_region``, and ``aws_service`` ``"es"`` or ``"aoss"``). ``ca_file``: whom to trust besides the
+    system's authorities.
+
+    ``data_stream``: one data stream instead of an index for each day. ``retention_days``: for how long events are kept:
+    by a policy that ``asgi-stream storage setup`` installs (data stream), and by ``asgi-stream storage prune``.
+
+    ``writer``: which process writes an event. ``"publisher"``: the one that publishes it; ``"archiver"``: a process of
+    its own, ``asgi-stream archiver``, which needs one Redis (no cluster).
+
+    What is published waits in memory for ``flush_seconds``, at most ``queue_bytes``; while OpenSearch is away, in files
+    in ``spool_dir``, at most ``spool_bytes``. Beyond that the oldest is dropped, and counted.
+
+    Environment: ``OPENSEARCH_`` and the name in capitals.
+    """
+
+    host: str = "localhost"
+    port: int = 9200
+    index_prefix: str = "stream_events"
+    use_ssl: bool = False
+    auth_type: StorageAuth = "none"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    verify_certs: bool = True
+    aws_region: str = ""
+    aws_service: str = "es"
+    data_stream: bool = False
+    retention_days: int | None = None
+    writer: StorageWriter = "publisher"
+    flush_seconds: float = 1.0
+    queue_bytes: int = 16 * 1024 * 1024
+    spool_dir: str = ""
+    spool_bytes: int = 256 * 1024 * 1024
+    request_timeout: float = 10.0
+    shutdown_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.host.strip(", ") or "/" in self.host:
+            raise ConfigurationError(f"host must be a name such as localhost, without http://, not {self.host!r}")
+        check_whole("port", self.port, least=1)
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,99}", self.index_prefix):
+            raise ConfigurationError(
+                f"index_prefix must be 1 to 100 of a-z 0-9 _ . -, first a letter or digit; got {self.index_prefix!r}"
+            )
+        _one_of("auth_type", self.auth_type, get_args(StorageAuth))
+        _one_of("writer", self.writer, get_args(StorageWriter))
+        _one_of("aws_service", self.aws_service, ("es", "aoss"))
+        if self.retention_days is not None:
+            check_whole("retention_days", self.retention_days, least=1)
+        for name in ("flush_seconds", "request_timeout", "shutdown_seconds"):
+            check_seconds(name, getattr(self, name))
+        for name in ("queue_bytes", "spool_bytes"):
+            check_whole(name, getattr(self, name), least=1)
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` if settings that belong together are not all there."""
+        if self.auth_type == "basic" and not (self.username and self.password):
+            raise ConfigurationError(
+                "auth_type='basic' needs username= and password= (OPENSEARCH_USERNAME, …_PASSWORD)"
+            )
+        if self.auth_type == "aws" and not self.aws_region:
+            raise ConfigurationError("auth_type='aws' needs aws_region= (OPENSEARCH_AWS_REGION)")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        return _from_env(cls, "OPENSEARCH_", environ)
+
+
+def storage_enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ``ASGI_STREAM_ENABLE_STORAGE`` asks for a record of events: for workers, which call no `init_*`."""
+    text = (os.environ if environ is None else environ).get("ASGI_STREAM_ENABLE_STORAGE")
+    try:
+        return parse_bool(text) if text else False
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"ASGI_STREAM_ENABLE_STORAGE: {exc}") from exc
+
+
 def secret_from_env(environ: Mapping[str, str] | None = None) -> list[str] | None:
     """Return the secrets of ``ASGI_STREAM_SECRET``, separated by commas: the first signs, all are accepted."""
     text = (os.environ if environ is None else environ).get("ASGI_STREAM_SECRET")
@@ -151,14 +237,14 @@ def secret_from_env(environ: Mapping[str, str] | None = None) -> list[str] | Non
 def _from_env(cls: type[T], prefix: str, environ: Mapping[str, str] | None) -> T:
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        variable = prefix + field.name.upper()
+    for setting in fields(cls):  # type: ignore[arg-type]
+        variable = prefix + setting.name.upper()
         text = environ.get(variable)
         if text is None or text == "":
             continue
         try:
-            values[field.name] = _PARSERS[str(field.type)](text)
-            cls(**{field.name: values[field.name]})
+            values[setting.name] = _PARSERS[str(setting.type)](text)
+            cls(**{setting.name: values[setting.name]})
         except ValueError as exc:
             raise ConfigurationError(f"{variable}={text!r}: {exc}") from exc
     return cls(**values)
@@ -181,6 +267,8 @@ _PARSERS: dict[str, Any] = {
     "LeaseLimit": int,
     "LeasePolicy": str,
     "LeaseFallback": str,
+    "StorageAuth": str,
+    "StorageWriter": str,
 }
 
 

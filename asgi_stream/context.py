@@ -305,11 +305,11 @@ class StreamContext:
     def queued(self) -> None:
         """Say that the run waits for a worker. Waits until Redis has it."""
         frame = encode_block(_event("queued", {}))
-        self.streaming.broker.run(Append(self.channel_id, (frame,), state="queued"))
+        self.streaming.broker.run(Append(self.channel_id, (frame,), state="queued", about=self.about))
 
     async def queued_async(self) -> None:
         frame = encode_block(_event("queued", {}))
-        await self.streaming.broker.run_async(Append(self.channel_id, (frame,), state="queued"))
+        await self.streaming.broker.run_async(Append(self.channel_id, (frame,), state="queued", about=self.about))
 
     # As a block, and around an iterable
 
@@ -406,6 +406,13 @@ class StreamContext:
             self._given = current_streaming()
         return self._given
 
+    @property
+    def about(self) -> bytes:
+        """Whose run it is, as the record of events has it: JSON."""
+        made: dict[str, Any] = {"workspace": self.workspace_id, "project": self.project, "env": self.env}
+        made |= {"service": self.service, "labels": [f"{name}={value}" for name, value in self.labels.items()]}
+        return events.json_bytes({name: value for name, value in made.items() if value})
+
     def _outbox(self) -> Outbox:
         outbox = self._outbox_made
         if outbox is None or self._pid != os.getpid():  # after a fork this is another producer
@@ -413,7 +420,7 @@ class StreamContext:
                 outbox = self._outbox_made
                 if outbox is None or self._pid != os.getpid():
                     streaming = self.streaming
-                    outbox = streaming.courier.outbox(Outgoing(self.channel_id, streaming.channel_settings))
+                    outbox = streaming.courier.outbox(Outgoing(self.channel_id, streaming.channel_settings, self.about))
                     outbox.attempt = self.attempt
                     self._outbox_made, self._pid = outbox, os.getpid()
         return outbox
@@ -475,7 +482,7 @@ class StreamContext:
         sender = self._senders.get(loop)
         if sender is None:
             self._senders = {known: made for known, made in self._senders.items() if not known.is_closed()}
-            outgoing = Outgoing(self.channel_id, self.streaming.channel_settings)
+            outgoing = Outgoing(self.channel_id, self.streaming.channel_settings, self.about)
             sender = self._senders[loop] = AsyncSender(self.streaming, outgoing)
         return sender
 

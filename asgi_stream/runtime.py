@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakKeyDictionary
 
 from asgi_stream.asgi.identity import Identify
@@ -24,12 +25,22 @@ from asgi_stream.channels.courier import Courier
 from asgi_stream.channels.hub import Hub
 from asgi_stream.channels.memory import MemoryBroker
 from asgi_stream.channels.model import check_channel
-from asgi_stream.config import ChannelConfig, QueueRedisConfig, StreamLeaseConfig, secret_from_env
-from asgi_stream.errors import ConfigurationError
+from asgi_stream.config import (
+    ChannelConfig,
+    QueueRedisConfig,
+    StorageConfig,
+    StreamLeaseConfig,
+    secret_from_env,
+    storage_enabled,
+)
+from asgi_stream.errors import ConfigurationError, require
 from asgi_stream.events import json_bytes
 from asgi_stream.leases.handover import LeaseBlock
 from asgi_stream.leases.limiter import StreamLeaseLimiter
 from asgi_stream.leases.policy import user_key
+
+if TYPE_CHECKING:
+    from asgi_stream.storage.opensearch import OpenSearchEventStorage
 
 _CHANNEL_DEFAULTS = ChannelConfig()
 
@@ -39,8 +50,9 @@ logger = logging.getLogger("asgi_stream")
 class Streaming:
     """The parts of one application.
 
-    ``redis``: a URL or `QueueRedisConfig`; ``leases``, ``channels``: their settings; ``identify(scope)``: the user's
-    id of a request. ``workspaces``, ``authorize``, ``secret`` and ``events_url`` are settings of queued streaming.
+    ``redis``: a URL or `QueueRedisConfig`; ``leases``, ``channels``, ``storage``: their settings (``enable_storage``:
+    with those of the environment); ``identify(scope)``: the user's id of a request. ``workspaces``, ``authorize``,
+    ``secret`` and ``events_url`` are settings of queued streaming.
     Use it with ``async with``, or call `aclose()`.
     """
 
@@ -49,6 +61,7 @@ class Streaming:
         redis: str | QueueRedisConfig | None = None,
         *,
         enable_storage: bool = False,
+        storage: StorageConfig | None = None,
         leases: StreamLeaseConfig | None = None,
         channels: ChannelConfig | None = None,
         identify: Identify | None = None,
@@ -63,8 +76,7 @@ class Streaming:
         self.channel_config = _typed("channels", channels, ChannelConfig)
         if identify is not None and not callable(identify):
             raise ConfigurationError("identify must be a function that takes a scope and returns the user's id")
-        if enable_storage:
-            raise ConfigurationError("enable_storage: the OpenSearch record is not part of this version; leave it out")
+        self.storage_config = _storage(storage, enable_storage)
         self.identify = identify
         self.workspaces = workspaces
         self.authorize = authorize
@@ -77,6 +89,7 @@ class Streaming:
         self._use_memory = False
         self._broker: Broker | None = None
         self._courier: Courier | None = None
+        self._storage: OpenSearchEventStorage | None = None
         self._hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._watch: ShutdownWatch | None = None
@@ -102,13 +115,43 @@ class Streaming:
         if self._broker is None:
             with self._lock:
                 if self._broker is None:
-                    if self.channel_redis is None:
-                        self._broker = MemoryBroker(self.channel_settings)
-                    else:
-                        from asgi_stream.channels.redis import RedisBroker
-
-                        self._broker = RedisBroker(self.channel_redis, self.channel_settings)
+                    self._broker = self._make_broker()
         return self._broker
+
+    def _make_broker(self) -> Broker:
+        config = self.storage_config
+        archived = config is not None and config.writer == "archiver"
+        if self.channel_redis is None:
+            if archived:
+                raise ConfigurationError("writer='archiver' needs a Redis: the archiver is another process")
+            broker: Broker = MemoryBroker(self.channel_settings)
+        else:
+            from asgi_stream.channels.redis import RedisBroker
+
+            broker = RedisBroker(self.channel_redis, self.channel_settings, archived=archived)
+        if config is None or archived:
+            return broker
+        from asgi_stream.storage.recording import RecordingBroker
+
+        return RecordingBroker(broker, self._made_storage(config).offer)
+
+    @property
+    def storage(self) -> OpenSearchEventStorage:
+        """The record of events, made on first use. Raises `ConfigurationError` where it is not enabled."""
+        if self.storage_config is None:
+            raise ConfigurationError(
+                "there is no record of events: init_streaming(…, enable_storage=True), or init_event_storage(…)"
+            )
+        with self._lock:
+            return self._made_storage(self.storage_config)
+
+    def _made_storage(self, config: StorageConfig) -> OpenSearchEventStorage:
+        if self._storage is None:
+            require("opensearchpy", extra="opensearch")
+            from asgi_stream.storage.opensearch import OpenSearchEventStorage
+
+            self._storage = OpenSearchEventStorage(config)
+        return self._storage
 
     @property
     def courier(self) -> Courier:
@@ -183,6 +226,9 @@ class Streaming:
         broker, self._broker = self._broker, None
         if broker is not None:
             await broker.aclose()
+        storage, self._storage = self._storage, None
+        if storage is not None:
+            await storage.aclose()
 
 
 def stream_lease(
@@ -249,7 +295,7 @@ def init_streaming(
             )
         _default.streaming = Streaming(
             redis_config if redis_config is not None else QueueRedisConfig.from_env(),
-            enable_storage=enable_storage,
+            enable_storage=enable_storage or storage_enabled(),
             leases=leases or StreamLeaseConfig.from_env(),
             channels=channels or ChannelConfig.from_env(),
             identify=identify,
@@ -324,18 +370,43 @@ def init_event_storage(
     use_ssl: bool = False,
     auth_type: str = "none",
     **options: Any,
-) -> None:
-    """Set up the OpenSearch record of events. This version has none: it raises `ConfigurationError`."""
-    raise ConfigurationError("the OpenSearch record of events is not part of this version")
+) -> StorageConfig:
+    """Keep a record of the process default's events in OpenSearch, until the first channel is used.
+
+    ``options`` are the other fields of `StorageConfig`. What is left at its default comes from the environment.
+    """
+    given = {"host": host, "port": port, "index_prefix": index_prefix, "use_ssl": use_ssl, "auth_type": auth_type}
+    given |= options
+    try:
+        defaults = StorageConfig()
+        asked = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+        wanted = replace(StorageConfig.from_env(), **asked)  # type: ignore[arg-type]
+    except (TypeError, AttributeError):
+        known = {field.name for field in fields(StorageConfig)}
+        wrong = ", ".join(sorted(set(given) - known))
+        raise ConfigurationError(f"init_event_storage() has no {wrong}; it takes {', '.join(sorted(known))}") from None
+    wanted.check()
+    streaming = current_streaming()
+    with _default.lock:
+        if streaming._broker is not None and streaming.storage_config != wanted:
+            raise ConfigurationError(
+                "init_event_storage() comes too late: channels are in use; call it at start-up, or `await "
+                "shutdown_streaming()` first"
+            )
+        streaming.storage_config = wanted
+    return wanted
 
 
 def streaming_for(redis: str | QueueRedisConfig | None, channels: ChannelConfig | None) -> Streaming:
     """The process's `Streaming` for a Redis of its own: made once for each, closed by `shutdown_streaming()`."""
+    storage = current_streaming().storage_config
     key = (_redis(redis) or current_streaming().channel_redis, channels)
     with _default.lock:
         found = _default.others.get(key)
         if found is None:
-            found = _default.others[key] = Streaming(key[0], channels=channels, _streams=default_streams)
+            found = _default.others[key] = Streaming(
+                key[0], channels=channels, storage=storage, _streams=default_streams
+            )
         return found
 
 
@@ -367,12 +438,24 @@ def _from_environment() -> Streaming:
         leases=StreamLeaseConfig.from_env(),
         channels=ChannelConfig.from_env(),
         secret=secret_from_env(),
+        enable_storage=storage_enabled(),
         _streams=default_streams,
     )
 
 
 def _default_leases() -> StreamLeaseLimiter:
     return current_streaming().leases
+
+
+def _storage(given: StorageConfig | None, enabled: bool) -> StorageConfig | None:
+    config: StorageConfig | None = _typed("storage", given, StorageConfig)
+    if config is None and enabled:
+        config = StorageConfig.from_env()
+    if config is not None:
+        config.check()
+        if config.writer == "publisher":
+            require("opensearchpy", extra="opensearch")
+    return config
 
 
 def _redis(given: str | QueueRedisConfig | None) -> QueueRedisConfig | None:

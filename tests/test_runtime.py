@@ -89,8 +89,9 @@ async def test_channels_may_be_refined() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Streaming(enable_storage=True),
-        lambda: init_event_storage(),
+        lambda: Streaming(storage="localhost"),  # type: ignore[arg-type]
+        lambda: init_event_storage(hots="localhost"),
+        lambda: init_event_storage(auth_type="basic"),
         lambda: Streaming(redis="localhost:6379"),
         lambda: Streaming(redis="redis://"),
         lambda: Streaming(leases=5),  # type: ignore[arg-type]

@@ -5,6 +5,8 @@
 | ``GET /{channel}`` | an event stream: history after ``Last-Event-ID`` (or ``?last_event_id=``), then live |
 | ``GET /?channel=a&channel=b`` | several channels on one stream |
 | ``GET /{channel}/history`` | what is kept, as JSON; ``?after=`` an id, ``?limit=`` events |
+| ``GET /{channel}/history?source=archive`` | the record in OpenSearch: ``q``, ``kind`` (repeatable), ``level``, |
+| | ``since``, ``until``, ``after``, ``limit``; its ``cursor`` is the ``last_event_id`` to go on live |
 | ``GET /{channel}/poll`` | the same, but waits up to ``?wait=`` seconds (25) for something to come |
 | ``DELETE /{channel}`` | asks the run to stop |
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -42,6 +45,8 @@ Authorize = Callable[[Request, str, str], bool | Awaitable[bool]]
 """From a request, a channel and a verb (``read`` or ``cancel``) to whether it may."""
 Workspaces = Callable[[Scope], str | Iterable[str] | None]
 """From a scope to the workspaces whose channels its user owns."""
+
+logger = logging.getLogger("asgi_stream")
 
 MAX_POLL = 60.0
 MAX_EVENTS = 1000
@@ -149,7 +154,43 @@ class StreamApp:
         )
 
     async def _history(self, request: Request) -> Response:
+        source = request.query_params.get("source", "channel")
+        if source == "archive":
+            return await self._search(request)
+        if source != "channel":
+            return _problem(400, "Which source?", "source is channel or archive")
         return await self._read(request, 0.0)
+
+    async def _search(self, request: Request) -> Response:
+        """The record of one channel, for those who may read it."""
+        name, asked = request.path_params["channel"], request.query_params
+        if await self._right(request, name, "read") is None:
+            return _forbidden()
+        if self.streaming.storage_config is None:
+            return _problem(404, "No archive", "this application keeps no record of events (enable_storage)")
+        try:
+            limit = int(asked.get("limit", 100))
+        except ValueError:
+            limit = 0
+        try:
+            page = await self.streaming.storage.search_async(
+                channel=name,
+                kinds=asked.getlist("kind") or None,
+                level=asked.get("level"),
+                text=asked.get("q"),
+                since=asked.get("since"),
+                until=asked.get("until"),
+                after=asked.get("after"),
+                limit=limit,
+            )
+        except ConfigurationError as exc:
+            return _problem(400, "Search for what?", str(exc))
+        except BackendError as exc:
+            logger.warning("%s", exc)
+            return _problem(503, "Unavailable", "the archive cannot be read at the moment", {"retry-after": "5"})
+        events = [{"id": one.id, "event": one.event, "data": one.data, "time": one.time} for one in page.events]
+        body = {"channel": name, "events": events, "after": page.after, "cursor": page.cursor}
+        return Response(json_bytes(body), media_type="application/json", headers={"cache-control": "no-store"})
 
     async def _poll(self, request: Request) -> Response:
         try:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Outgoing:
     """From what is published to commands: frames, their limits, and a producer's id with its sequence [C2]."""
 
-    def __init__(self, channel: str, config: ChannelConfig) -> None:
+    def __init__(self, channel: str, config: ChannelConfig, about: bytes = b"") -> None:
         self.channel = channel
+        self._about = about
         self._config = config
         self._known: Position | None = None
         self.renew()
@@ -54,7 +55,10 @@ class Outgoing:
         self, frames: Iterable[bytes], *, ending: str | None = None, state: str = "running", attempt: int = 0
     ) -> Append:
         """Return the command that appends *frames* as this producer's next."""
-        return Append(self.channel, tuple(frames), ending, state, attempt, self._producer, self._next(), self._known)
+        producer, sequence = self._producer, self._next()
+        return Append(
+            self.channel, tuple(frames), ending, state, attempt, producer, sequence, self._known, about=self._about
+        )
 
     def done(self, appended: Appended) -> None:
         """Remember how far the log goes."""

@@ -66,7 +66,7 @@ class Append(Command[Appended]):
 
     ``known`` is the highest position the caller knows of: a log whose top is below it was lost in part, and begins a
     new epoch [C2]. ``attempt``: refused once a later attempt has begun [C7]. ``only_if_lost``: do nothing unless the
-    producer's signs of life have stopped.
+    producer's signs of life have stopped. ``about``: the JSON of whose run it is, for the record of events.
 
     Raises `RunEndedError`, `AttemptSupersededError`.
     """
@@ -80,6 +80,7 @@ class Append(Command[Appended]):
     sequence: int = 0
     known: Position | None = None
     only_if_lost: bool = False
+    about: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from asgi_stream.channels.model import Position
 from asgi_stream.channels.redis_commands import SCRIPTS, announcements, encode, log_key
 from asgi_stream.channels.redis_subscriber import ClusterSubscriber, RedisSubscriber
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
-from asgi_stream.errors import BackendError, StreamError
+from asgi_stream.errors import BackendError, ConfigurationError, StreamError
 from asgi_stream.redis.callers import ClusterCaller, PipeCaller, may_pass
 from asgi_stream.redis.locate import COMMAND_TIMEOUT, Location, connect
 from asgi_stream.redis.pipe import Pipe, ReplyError, UnavailableError
@@ -37,11 +37,19 @@ class RedisBroker:
     """Channels of all processes that share a Redis."""
 
     def __init__(
-        self, redis: QueueRedisConfig, config: ChannelConfig | None = None, *, patience: float = PATIENCE
+        self,
+        redis: QueueRedisConfig,
+        config: ChannelConfig | None = None,
+        *,
+        patience: float = PATIENCE,
+        archived: bool = False,
     ) -> None:
         self.config = config or ChannelConfig()
         self.patience = patience
         self.location = Location(redis)
+        if archived and self.location.kind == "cluster":
+            raise ConfigurationError("writer='archiver' needs one Redis, no cluster: let publishers write the record")
+        self._archived = archived
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._sync: Any = None
@@ -50,7 +58,7 @@ class RedisBroker:
         self._callers: WeakKeyDictionary[asyncio.AbstractEventLoop, PipeCaller | ClusterCaller] = WeakKeyDictionary()
 
     def run(self, command: Command[T]) -> T:
-        call = encode(command, self.config, self._verb)
+        call = encode(command, self.config, self._verb, archived=self._archived)
         deadline = time.monotonic() + self.patience
         pause = 0.02
         while True:
@@ -89,7 +97,7 @@ class RedisBroker:
             time.sleep(min(seconds, 0.1))  # the read that follows says it if Redis stays away
 
     async def run_async(self, command: Command[T]) -> T:
-        call = encode(command, self.config, self._verb)
+        call = encode(command, self.config, self._verb, archived=self._archived)
         deadline = time.monotonic() + self.patience
         pause = 0.02
         while True:

@@ -30,6 +30,8 @@ SCRIPTS: dict[str, Script] = {
     name: load("asgi_stream.channels", "common", name) for name in ("append", "read", "producer")
 }
 
+ARCHIVE_ENTRIES = 1_000_000
+"""Appends that wait for an archiver. Beyond that the oldest go."""
 REVOKED_FOR = 24 * 3600 * 1000
 """Milliseconds for which it is remembered that tickets were revoked: no ticket is good for longer."""
 
@@ -44,12 +46,28 @@ def announcements(config: ChannelConfig) -> str:
     return f"{config.key_prefix}announcements"
 
 
-def encode(command: Command[T], config: ChannelConfig, publish: str = "PUBLISH") -> Call[T]:
-    """Return the call that does *command*. *publish* is SPUBLISH in a cluster."""
+def archive_key(config: ChannelConfig) -> str:
+    """The stream of what is to be written into the record by `asgi-stream archiver`."""
+    return f"{config.key_prefix}archive"
+
+
+def logs_key(config: ChannelConfig) -> str:
+    """The stream of log records that are to be written into the record."""
+    return f"{config.key_prefix}logs"
+
+
+def channel_of(config: ChannelConfig, key: str) -> str:
+    """The channel whose log has that key."""
+    return key.removeprefix(config.key_prefix)[1:-1]
+
+
+def encode(command: Command[T], config: ChannelConfig, publish: str = "PUBLISH", *, archived: bool = False) -> Call[T]:
+    """Return the call that does *command*. *publish* is SPUBLISH in a cluster; *archived*: an archiver reads along."""
     name, arguments, read = _encode(command, config, publish)
     channel: str = command.channel  # type: ignore[attr-defined]
     key = log_key(config, channel)
-    return Call(SCRIPTS[name], (key, key + ":meta"), arguments, read)
+    keys = (key, key + ":meta", archive_key(config)) if archived and name == "append" else (key, key + ":meta")
+    return Call(SCRIPTS[name], keys, arguments, read)
 
 
 @singledispatch
@@ -72,6 +90,8 @@ def _(command: Append, config: ChannelConfig, publish: str) -> Any:
         config.max_bytes,
         _ttl(config),
         publish,
+        ARCHIVE_ENTRIES,
+        command.about,
         *command.frames,
     )
 

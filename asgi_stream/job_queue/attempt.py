@@ -270,7 +270,7 @@ class Attempt:
         frames = tuple(
             encode_block(StreamEvent(data, name)) for data, name in zip(said, ("log", "queued"), strict=True)
         )
-        append = Append(context.channel_id, frames, state="queued", attempt=context.attempt)
+        append = Append(context.channel_id, frames, state="queued", attempt=context.attempt, about=context.about)
         try:
             await context.streaming.broker.run_async(append)
         except RunEndedError as exc:

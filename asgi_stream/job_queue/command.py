@@ -14,7 +14,7 @@ from asgi_stream.job_queue.config import QueueConfig
 from asgi_stream.job_queue.worker import QueueWorker
 
 
-def run(registry: str, *, redis_url: str | None, queue: str, max_workers: int) -> None:
+def run(registry: str, *, redis_url: str | None, queue: str, max_workers: int, archive: bool = False) -> None:
     """Find what *registry* names, and work."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("docket").setLevel(logging.WARNING)
@@ -22,9 +22,10 @@ def run(registry: str, *, redis_url: str | None, queue: str, max_workers: int) -
     if isinstance(found, QueueWorker):
         worker = found
     elif isinstance(found, QueueConfig):
-        worker = QueueWorker(found, max_workers)
+        worker = QueueWorker(found, max_workers, archive=archive)
     elif isinstance(found, Mapping):
-        worker = QueueWorker(QueueConfig(redis_url, queue=queue, operations_registry=dict(found)), max_workers)
+        config = QueueConfig(redis_url, queue=queue, operations_registry=dict(found))
+        worker = QueueWorker(config, max_workers, archive=archive)
     else:
         raise ConfigurationError(
             f"{registry} is a {type(found).__name__}; a worker takes a dict of operations, a QueueConfig or a "

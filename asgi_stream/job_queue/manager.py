@@ -302,7 +302,9 @@ class QueueManager:
                 )
             )
         frames = tuple(encode_block(event) for event in said)
-        await context.streaming.broker.run_async(Append(context.channel_id, frames, state="queued"))
+        await context.streaming.broker.run_async(
+            Append(context.channel_id, frames, state="queued", about=context.about)
+        )
 
     def _channels(self) -> Streaming:
         """Where the runs are that the jobs belong to. The workers follow the same rule."""

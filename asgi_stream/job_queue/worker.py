@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from asgi_stream.config import QueueRedisConfig, check_whole
+from asgi_stream.config import QueueRedisConfig, StorageConfig, check_whole
 from asgi_stream.errors import StreamError
 from asgi_stream.job_queue import engine
 from asgi_stream.job_queue.attempt import Attempt, Stop
@@ -36,6 +36,8 @@ class QueueWorker:
     ``config`` is a `QueueConfig`, a `QueueRedisConfig` or a URL; ``worker.config.operations_registry`` is what the
     worker can do. Async functions run in the event loop, sync ones in a thread each.
 
+    ``archive``: do `asgi-stream archiver`'s work as well, with these settings or those of the environment.
+
     The worker publishes through the queue's Redis, unless streaming was initialised otherwise.
     Raises `MissingExtraError` without the extra ``queue``.
     """
@@ -46,12 +48,14 @@ class QueueWorker:
         max_workers: int = 4,
         *,
         name: str | None = None,
+        archive: bool | StorageConfig = False,
     ) -> None:
         check_whole("max_workers", max_workers, least=1)
         self.config = QueueConfig.of(config)
         self.max_workers = max_workers
         number = next(_numbers)
         self.name = name or f"{platform.node()}:{os.getpid()}{f'-{number}' if number > 1 else ''}"
+        self._archive = (StorageConfig.from_env() if archive else None) if isinstance(archive, bool) else archive
         self.attempts: set[Attempt] = set()
         self._left: list[JobThread] = []
         self._stopping: asyncio.Event | None = None
@@ -74,7 +78,7 @@ class QueueWorker:
         adopt_redis(self.config.redis)
         self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
         try:
-            with self._signals():
+            with self._signals(), self._archiver():
                 await self._work(self._stopping)
         finally:
             self._stopping = None
@@ -167,6 +171,23 @@ class QueueWorker:
             return await Attempt(self, docket, execution, entity, Limits.from_dict(limits)).run()
 
         return job
+
+    @contextmanager
+    def _archiver(self) -> Iterator[None]:
+        """The record's writer, in a thread beside the jobs."""
+        if self._archive is None:
+            yield
+            return
+        from asgi_stream.storage.archiver import Archiver
+
+        archiver = Archiver(self.config.redis, self._archive)
+        thread = threading.Thread(target=archiver.run, name="asgi_stream archiver", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            archiver.stop()
+            thread.join(self._archive.shutdown_seconds)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

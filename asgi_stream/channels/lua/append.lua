@@ -1,11 +1,13 @@
 -- Append, publish, end: one step [C3].
 -- ARGV: candidate epoch, known epoch, known top, attempt, producer, sequence, ending, state, only if lost,
---       max events, max bytes, ttl ms, PUBLISH or SPUBLISH, frames …
+--       max events, max bytes, ttl ms, PUBLISH or SPUBLISH, max entries of the archive, whose run it is, frames …
+-- KEYS[3], if there is one: the stream that the archiver reads.
 local known_top, attempt, sequence = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
 local producer, ending, state = ARGV[5], ARGV[7], ARGV[8]
 local max_events, max_bytes, ttl, publish = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13]
+local archive, about, frames = KEYS[3], ARGV[15], 16
 
-local m = redis.call('HMGET', meta, 'e', 'o', 'f', 'b', 'x', 'a', 'l', 'c', 'p:' .. producer, 's', 'k')
+local m = redis.call('HMGET', meta, 'e', 'o', 'f', 'b', 'x', 'a', 'l', 'c', 'p:' .. producer, 's', 'k', 'w')
 local epoch, top, first, bytes = m[1], tonumber(m[2]), tonumber(m[3]), tonumber(m[4])
 if not epoch or (epoch == ARGV[2] and top < known_top) then
   epoch, top, first = open_log(ARGV[1], ARGV[2], known_top, ttl)
@@ -22,7 +24,7 @@ local now = now_ms()
 if ARGV[9] == '1' and (not m[7] or tonumber(m[7]) > now) then return {'alive'} end
 
 local from = top + 1
-for i = 14, #ARGV do
+for i = frames, #ARGV do
   top = top + 1
   local mark = (i == #ARGV and ending ~= '') and '.e\n\n' or '\n\n'
   local frame = ARGV[i] .. 'id: ' .. epoch .. '.' .. base36(top) .. mark
@@ -45,6 +47,18 @@ while (top - first + 1 > max_events or bytes > max_bytes) and first < top do
   redis.call('XTRIM', log, 'MINID', first .. '-0')
 end
 
+if archive then
+  local known = m[12] or redis.call('HGET', meta, 'w') or ''
+  if about == '' then about = known end
+  if about ~= known then redis.call('HSET', meta, 'w', about) end
+  -- In parts: a command's words are on Lua's stack, which has bounds.
+  for begin = frames, #ARGV, 1000 do
+    local last = math.min(begin + 999, #ARGV)
+    redis.call('XADD', archive, 'MAXLEN', '~', ARGV[14], '*', 'log', log, 'epoch', epoch, 'first', from + begin - frames,
+      'about', about, 'frames', cmsgpack.pack({unpack(ARGV, begin, last)}))
+  end
+end
+
 -- One write for all that changed: calls are what this script costs.
 local changed = {'o', top, 'f', first, 'b', bytes, 't', now}
 if ending ~= '' then
@@ -63,6 +77,7 @@ if ending ~= '' or not m[11] or now - tonumber(m[11]) >= math.min(1000, ttl / 16
   redis.call('HSET', meta, unpack(changed))
   redis.call('PEXPIRE', log, ttl)
   redis.call('PEXPIRE', meta, ttl)
+  if archive then redis.call('PEXPIRE', archive, 7 * 24 * 3600 * 1000) end
 else
   redis.call('HSET', meta, unpack(changed))
 end
