@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from asgi_stream.config import StorageConfig
@@ -16,7 +17,9 @@ def make_client(config: StorageConfig) -> Any:
     library = require("opensearchpy", extra="opensearch")
     options: dict[str, Any] = {}
     if config.auth_type == "basic":
-        options["http_auth"] = (config.username, config.password)
+        # Not by `http_auth`, which takes Latin-1: RFC 7617, section 2.1.
+        words = f"{config.username}:{config.password}".encode()
+        options["headers"] = {"authorization": f"Basic {base64.b64encode(words).decode()}"}
     elif config.auth_type == "aws":
         options["http_auth"] = _aws(config)
     if config.use_ssl:

@@ -151,6 +151,8 @@ class OpenSearchEventStorage:
             except Exception as exc:
                 if status_of(exc) == 404:
                     break  # nothing was written yet
+                if status_of(exc) == 400:
+                    raise ConfigurationError(f"OpenSearch cannot search for this; whose is after=? {exc}") from exc
                 raise explain(self.config, exc) from exc
             page, following = following.page(answer)
             events += page.events

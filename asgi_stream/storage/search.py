@@ -101,6 +101,9 @@ class Search:
             raise ConfigurationError(f"text must be a string of at most {MAX_TEXT} characters")
         if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
             raise ConfigurationError(f"limit must be a whole number from 1 to {MAX_LIMIT}, not {limit!r:.80}")
+        page = _Page.parse(after)
+        if page is not None and page.sort and len(page.sort) != len(_order(channel)):
+            raise ConfigurationError("after is a page of another kind of search")
         named = (kinds,) if isinstance(kinds, str) else tuple(kinds or ())
         if len(named) > 50 or not all(isinstance(kind, str) for kind in named):
             raise ConfigurationError("kinds must be at most 50 names of events")
@@ -138,12 +141,10 @@ class Search:
             wanted.append(_not_beyond(page.position))
         if page is not None and page.epochs:
             wanted.append({"term": {"epoch": page.epochs[0]}})
-        # In one channel offsets count, not the clocks of those who published.
-        names = ("@timestamp", "channel", "epoch", "offset") if self.channel is None else ("offset",)
         body: dict[str, Any] = {
             "query": {"bool": {"filter": whose}} if whose else {"match_all": {}},
             "size": self.limit,
-            "sort": [{name: {"order": "asc", "missing": "_first"}} for name in names],
+            "sort": [{name: {"order": "asc", "missing": "_first"}} for name in _order(self.channel)],
             "track_total_hits": False,
         }
         if wanted:
@@ -186,6 +187,11 @@ class Search:
             following = replace(self, after=_Page([], position, epochs[1:]).text(), limit=self.limit - len(hits))
             return SearchPage(events, None, _text(position)), following
         return SearchPage(events, None, _text(position)), None
+
+
+def _order(channel: str | None) -> tuple[str, ...]:
+    # In one channel offsets count, not the clocks of those who published.
+    return ("@timestamp", "channel", "epoch", "offset") if channel is None else ("offset",)
 
 
 class _Page:
