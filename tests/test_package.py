@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import asgi_stream
+from asgi_stream.config import ChannelConfig, StorageConfig, StreamLeaseConfig
+from asgi_stream.job_queue import QueueConfig
+from asgi_stream.runtime import shutdown_streaming
 from tests.asgi_client import fetch, http_scope
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python(code: str) -> str:
@@ -54,13 +61,63 @@ def test_a_missing_extra_is_named() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+async def test_every_block_of_code_runs(page: Path) -> None:
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):  # noqa: ASYNC240
+            exec(compile(block, str(page), "exec"), {})
+            await shutdown_streaming()
+    finally:
+        for handler in list(logging.getLogger("billing").handlers):
+            logging.getLogger("billing").removeHandler(handler)
+            handler.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:benchmarks|docs|examples|tests)/[\w./]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def shown(default: Any) -> str:
+    """A default as the tables have it."""
+    match default:
+        case None:
+            return "none"
+        case "":
+            return "empty"
+        case bool():
+            return f"`{int(default)}`"
+        case str():
+            return f"`{default}`"
+    return str(int(default)) if default == int(default) else str(default)
+
+
+@pytest.mark.parametrize("settings", [StreamLeaseConfig, ChannelConfig, StorageConfig, QueueConfig])
+def test_every_setting_is_in_the_table(settings: Any) -> None:
+    """docs/settings.md has each with its variable and its default."""
+    prefix = {
+        StreamLeaseConfig: "ASGI_STREAM_LEASE_",
+        ChannelConfig: "ASGI_STREAM_CHANNEL_",
+        StorageConfig: "OPENSEARCH_",
+    }.get(settings)
+    table = (ROOT / "docs" / "settings.md").read_text()
+    for setting in fields(settings):
+        if setting.name == "operations_registry":
+            continue
+        first = f"| `{prefix}{setting.name.upper()}` " if prefix else ""
+        row = re.search(re.escape(f"{first}| `{setting.name}` | ") + r"(.*?) \|", table)
+        assert row is not None, setting.name
+        assert row[1].partition(" (")[0] == shown(setting.default), setting.name
+
+
+@pytest.mark.anyio
 async def test_the_readme_s_application_gives_the_output_that_is_printed_beside_it() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks[0].splitlines()) <= 24
-    for block in blocks:
-        namespace: dict[str, Any] = {}
-        exec(compile(block, "README.md", "exec"), namespace)
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(compile(blocks[0], "README.md", "exec"), namespace)
     exchange = await fetch(namespace["app"], http_scope("/chat"))
     printed = README.split("curl -N localhost:8000/chat\n")[1].split("```")[0]

@@ -352,6 +352,23 @@ async def test_a_server_that_became_a_replica(own_redis: EmbeddedRedis, make: Ma
     client.close()
 
 
+async def test_a_full_redis_is_as_good_as_away(own_redis: EmbeddedRedis, make: Make) -> None:
+    await until_old(own_redis.url)
+    limiter = make(own_redis.url, limit=2)
+    held_ = [await limiter.acquire_async("ann")]
+    client: Any = driver.Redis.from_url(own_redis.url)
+    client.config_set("maxmemory", 1)
+    async with asyncio.timeout(HANG):
+        held_.append(await limiter.acquire_async("ann"))
+        with pytest.raises(StreamLimitExceeded):
+            await limiter.acquire_async("ann")
+    client.config_set("maxmemory", 0)
+    client.close()
+    await until(lambda: limiter._redis is not None and limiter._redis.admits)
+    await until_held(limiter, "ann", 2)
+    assert all(lease.held for lease in held_)
+
+
 async def test_every_key_expires(redis_url: str, make: Make) -> None:
     await until_old(redis_url)
     limiter = make(redis_url, limit=1, policy="evict_oldest")
