@@ -185,7 +185,7 @@ class StorageConfig:
     spool_dir: str = ""
     spool_bytes: int = 256 * 1024 * 1024
     request_timeout: float = 10.0
-    shutdown_seconds: float = 5.0
+    shutdown_seconds: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.host.strip(", ") or "/" in self.host:

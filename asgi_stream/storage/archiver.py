@@ -156,7 +156,8 @@ class Archiver:
                 client.xclaim(stream, GROUP, self._name, 0, [entry for entry, _ in entries], justid=True)
         self._tell("")
         ids = [entry for entry, _ in entries]
-        with client.pipeline(transaction=False) as both:
+        # Both or none: what is acknowledged and not deleted would stay for ever.
+        with client.pipeline(transaction=True) as both:
             both.xack(stream, GROUP, *ids)
             both.xdel(stream, *ids)
             both.execute()

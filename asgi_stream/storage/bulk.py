@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from asgi_stream.config import StorageConfig
 from asgi_stream.errors import BackendError
 from asgi_stream.events import json_bytes
 from asgi_stream.storage.client import explain, make_client, status_of
-from asgi_stream.storage.document import VERSION, Document, template
+from asgi_stream.storage.document import VERSION, YIELD_EVERY, Document, template
 
 logger = logging.getLogger("asgi_stream")
 
@@ -99,7 +100,9 @@ class BulkWriter:
 
     def _send(self, chunk: list[Document]) -> Written:
         lines: list[bytes] = []
-        for document in chunk:
+        for number, document in enumerate(chunk):
+            if number % YIELD_EVERY == 0:
+                time.sleep(0)
             lines += (json_bytes({"create": {"_index": document.index, "_id": document.id}}), document.source)
         lines.append(b"")
         try:

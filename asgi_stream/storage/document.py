@@ -21,6 +21,9 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 VERSION = 1
 """Of the mapping below."""
 
+YIELD_EVERY = 8
+"""After so many documents a thread that handles many lets others run: it must not hold up an event loop."""
+
 _DAY = 24 * 3600 * 1000
 _KEYWORD = {"type": "keyword", "ignore_above": 512}
 

@@ -21,15 +21,13 @@ from weakref import WeakSet
 
 from asgi_stream.config import StorageConfig
 from asgi_stream.storage.bulk import CHUNK_BYTES, CHUNK_DOCUMENTS, BulkWriter, Written
-from asgi_stream.storage.document import Document, documents
+from asgi_stream.storage.document import YIELD_EVERY, Document, documents
 from asgi_stream.storage.spool import Spool, refuse, spool_root
 
 logger = logging.getLogger("asgi_stream")
 
 RETRY_SECONDS = (0.5, 15.0)
 """The first pause after OpenSearch did not take something, and the longest."""
-YIELD_EVERY = 16
-"""After so many documents the thread lets others run: it must not hold up an event loop."""
 
 
 class Entry(NamedTuple):
@@ -68,6 +66,10 @@ class SinkStats:
     """What was wrong the last time."""
 
 
+class _AbandonedError(Exception):
+    """Nobody waits for this thread any more: what it had is in the spool."""
+
+
 class Sink:
     """Safe to use from every thread."""
 
@@ -75,6 +77,7 @@ class Sink:
         self.config = config
         self.root = spool_root(config.spool_dir)
         self._changed = threading.Condition()
+        self._lock = threading.Lock()  # the queue's
         self._fresh()
         atexit.unregister(_close_all)
         atexit.register(_close_all)  # before the threads that it waits for are taken down
@@ -95,6 +98,9 @@ class Sink:
         self._next_try = 0.0
         self._pause = RETRY_SECONDS[0]
         self._busy = False
+        self._working = threading.Lock()  # the thread's, but for the time that it waits for OpenSearch
+        self._abandoned = False
+        self._sent: list[Document] = []  # what it waits for, unless that is in the spool
         self.written = self.repeated = self.refused = self.dropped = 0
         self._told_dropped = 0
         self.error = ""
@@ -103,15 +109,13 @@ class Sink:
         """Hand over what was appended. Never blocks, never raises."""
         if self._pid != os.getpid():
             self._fresh()  # the thread stayed in the parent [O3]
-        self._queue.append(entry)
-        self._bytes += entry.weight
-        while self._bytes > self.config.queue_bytes:
-            try:
+        with self._lock:
+            self._queue.append(entry)
+            self._bytes += entry.weight
+            while self._bytes > self.config.queue_bytes:
                 oldest = self._queue.popleft()
-            except IndexError:
-                break
-            self._bytes -= oldest.weight
-            self.dropped += len(oldest.frames)
+                self._bytes -= oldest.weight
+                self.dropped += len(oldest.frames)
         if not self._wake.is_set():
             self._wake.set()
             if self._thread is None:
@@ -146,8 +150,16 @@ class Sink:
         self._deadline = monotonic() + (self.config.shutdown_seconds if seconds is None else seconds)
         self._closing.set()
         self._wake.set()
-        if thread is not threading.current_thread():
-            thread.join(self._deadline - monotonic() + self.config.request_timeout + 1.0)
+        if thread is threading.current_thread():
+            return
+        thread.join(self._deadline - monotonic() + 0.2)
+        if thread.is_alive():
+            # It waits for an answer. Whether that request is done is not known: it is sent again by the next process.
+            with self._working:
+                self._abandoned = True
+                if self._thread is not None:
+                    self._put_aside(self._sent)
+                    self._end()
 
     def _is_idle(self) -> bool:
         return not (self._queue or self._busy or self._stuck or self._spooled)
@@ -163,7 +175,8 @@ class Sink:
     # In the thread
 
     def _run(self) -> None:
-        self._open_spool()
+        with self._working:
+            self._open_spool()
         while True:
             waits = self._stuck or self._spooled
             self._wake.wait(max(self._next_try - monotonic(), 0.0) if waits else None)
@@ -171,9 +184,15 @@ class Sink:
                 self._wake.clear()
             self._busy = True
             try:
-                self._cycle()
+                with self._working:
+                    if self._abandoned:
+                        return
+                    self._cycle()
+            except _AbandonedError:
+                return
             except Exception:
-                logger.exception("storage: events may be missing in the record")
+                logger.exception("storage: it is tried again")
+                self._next_try = monotonic() + RETRY_SECONDS[1]
             finally:
                 self._busy = False
                 with self._changed:
@@ -181,7 +200,9 @@ class Sink:
             self._tell_dropped()
             if self._closing.is_set() and (not self._queue or monotonic() > self._deadline):
                 break
-        self._end()
+        with self._working:
+            if not self._abandoned:
+                self._end()
 
     def _cycle(self) -> None:
         if self._stuck:
@@ -197,11 +218,11 @@ class Sink:
         while self._spooled and self._spool is not None and monotonic() >= self._next_try and not self._stuck:
             if monotonic() > self._deadline:
                 break
-            found, position = self._spool.peek(CHUNK_DOCUMENTS)
+            found, position = self._spool.peek(CHUNK_DOCUMENTS, CHUNK_BYTES)
             if not found:
                 self._measure_spool()
                 break
-            result = self._write(found, again=True)
+            result = self._write(found, again=True, spooled=True)
             if len(result.later) < len(found):
                 self._spool.discard(len(found), position)
                 if result.later:
@@ -210,18 +231,22 @@ class Sink:
 
     def _take(self) -> Iterator[Document]:
         weight = count = 0
-        while self._queue and weight < CHUNK_BYTES and count < CHUNK_DOCUMENTS:
-            try:
+        while weight < CHUNK_BYTES and count < CHUNK_DOCUMENTS:
+            with self._lock:
+                if not self._queue:
+                    return
                 entry = self._queue.popleft()
-            except IndexError:
-                return
-            self._bytes -= entry.weight
-            for document in documents(self.config, *entry):
-                weight += document.weight
-                count += 1
-                if count % YIELD_EVERY == 0:
-                    time.sleep(0)
-                yield document
+                self._bytes -= entry.weight
+            try:
+                for document in documents(self.config, *entry):
+                    weight += document.weight
+                    count += 1
+                    if count % YIELD_EVERY == 0:
+                        time.sleep(0)
+                    yield document
+            except Exception:
+                self.dropped += len(entry.frames)
+                logger.exception("storage: events of channel %s have no form that could be stored", entry.channel)
 
     def _settle(self, found: list[Document], *, again: bool = False) -> None:
         if self._closing.is_set() and monotonic() > self._deadline:
@@ -231,8 +256,16 @@ class Sink:
         if result.later:
             self._put_aside(result.later)
 
-    def _write(self, found: list[Document], *, again: bool) -> Written:
-        result = self._writer.write(found, again=again)
+    def _write(self, found: list[Document], *, again: bool, spooled: bool = False) -> Written:
+        self._sent = [] if spooled else found
+        self._working.release()
+        try:
+            result = self._writer.write(found, again=again)
+        finally:
+            self._working.acquire()
+        self._sent = []
+        if self._abandoned:
+            raise _AbandonedError
         self.written += result.done
         self.repeated += result.repeated
         if result.refused:
@@ -300,6 +333,9 @@ class Sink:
             self._told_dropped = self.dropped
 
     def _end(self) -> None:
+        stuck, self._stuck = self._stuck, []
+        if stuck:
+            self._put_aside(stuck)
         while self._queue:
             self._put_aside(list(self._take()))
         left = self._spooled + len(self._stuck)
@@ -311,7 +347,8 @@ class Sink:
             except OSError as exc:
                 logger.error("storage: %s", exc)
             self._spool = None
-        self._writer.close()
+        if not self._abandoned:
+            self._writer.close()
         with self._changed:
             self._thread = None
             self._changed.notify_all()

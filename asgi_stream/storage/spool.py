@@ -6,8 +6,10 @@ begins to write in the same place.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +17,7 @@ from typing import IO, Any
 import msgspec
 
 from asgi_stream.errors import ConfigurationError
-from asgi_stream.storage.document import Document
+from asgi_stream.storage.document import YIELD_EVERY, Document
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -54,8 +56,10 @@ class Spool:
         self._offset = 0  # in the first segment: what is before it is done
         self._out: IO[bytes] | None = None
         self.folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
-        self._lock: IO[bytes] = (self.folder / "lock").open("wb")
+        # By another name until it is locked: a folder with a lock that nobody holds is taken over.
+        self._lock: IO[bytes] = (self.folder / "new").open("wb")
         _lock(self._lock)
+        (self.folder / "new").rename(self.folder / "lock")
         self.dropped = 0
         self.adopted = self._adopt()
 
@@ -71,7 +75,23 @@ class Spool:
 
     def append(self, documents: Iterable[Document]) -> None:
         """Put them at the end. Beyond the limit the oldest are dropped, and counted."""
-        for document in documents:
+        try:
+            self._write(documents)
+        except OSError:
+            # Its last line may be cut: what comes after it begins another file.
+            out, self._out = self._out, None
+            if out is not None:
+                with contextlib.suppress(OSError):
+                    out.close()
+            raise
+        while self.size > self._limit and len(self._segments) > 1:
+            self.dropped += self._segments[0].count
+            self._drop_first()
+
+    def _write(self, documents: Iterable[Document]) -> None:
+        for number, document in enumerate(documents):
+            if number % YIELD_EVERY == 0:
+                time.sleep(0)
             line = msgspec.json.encode(_Line(document.index, document.id, msgspec.Raw(document.source))) + b"\n"
             if self._out is None or self._segments[-1].size + len(line) > SEGMENT_BYTES:
                 self._next_segment()
@@ -81,12 +101,12 @@ class Spool:
             self._segments[-1].count += 1
         if self._out is not None:
             self._out.flush()
-        while self.size > self._limit and len(self._segments) > 1:
-            self.dropped += self._segments[0].count
-            self._drop_first()
 
-    def peek(self, limit: int) -> tuple[list[Document], int]:
-        """The oldest documents, at most so many, and what `discard` takes for them. A damaged line is left out."""
+    def peek(self, limit: int, weight: int) -> tuple[list[Document], int]:
+        """The oldest documents, at most so many and about so many bytes, and what `discard` takes for them.
+
+        A damaged line is left out.
+        """
         found: list[Document] = []
         while self._segments:
             with self._segments[0].path.open("rb") as file:
@@ -101,7 +121,7 @@ class Spool:
                         found.append(Document(read.i, read.d, bytes(read.s)))
                     except msgspec.DecodeError:
                         self.dropped += 1
-                    if len(found) >= limit:
+                    if len(found) >= limit or position - self._offset >= weight:
                         break
             if found:
                 return found, position
