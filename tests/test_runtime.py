@@ -23,6 +23,7 @@ from asgi_stream import (
 from asgi_stream.errors import ConfigurationError
 from asgi_stream.runtime import current_streaming
 from tests.asgi_client import Exchange, http_scope
+from tests.support import need_module
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +85,32 @@ async def test_leases_are_counted_in_memory_where_that_is_said() -> None:
 
 async def test_channels_may_be_refined() -> None:
     assert init_channels(config=ChannelConfig(max_events=7)).max_events == 7
+
+
+async def test_a_record_of_events_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a call, by init_streaming, or by the environment of a worker that calls neither."""
+    need_module("opensearchpy")
+    assert current_streaming().storage_config is None
+    with pytest.raises(ConfigurationError, match="init_event_storage"):
+        current_streaming().storage  # noqa: B018
+    monkeypatch.setenv("OPENSEARCH_HOST", "search.example")
+    monkeypatch.setenv("OPENSEARCH_FLUSH_SECONDS", "0.5")
+    config = init_event_storage(index_prefix="events", flush_seconds=0.25)
+    assert (config.host, config.index_prefix, config.flush_seconds) == ("search.example", "events", 0.25)
+    assert current_streaming().storage.config == config
+    current_streaming().broker  # noqa: B018 - now it is in use
+    assert init_event_storage(index_prefix="events", flush_seconds=0.25) == config
+    with pytest.raises(ConfigurationError, match="too late"):
+        init_event_storage("elsewhere")
+    await shutdown_streaming()
+
+    monkeypatch.setenv("ASGI_STREAM_ENABLE_STORAGE", "yes")
+    config = current_streaming().storage_config or config
+    assert (config.host, config.flush_seconds) == ("search.example", 0.5)
+    await shutdown_streaming()
+    monkeypatch.setenv("ASGI_STREAM_ENABLE_STORAGE", "perhaps")
+    with pytest.raises(ConfigurationError, match="ASGI_STREAM_ENABLE_STORAGE"):
+        current_streaming()
 
 
 @pytest.mark.parametrize(

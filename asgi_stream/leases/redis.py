@@ -45,6 +45,8 @@ PROBE_SECONDS = 0.2
 REGISTER_SECONDS = 2.0
 """For so long after Redis came back empty, or another one in its place, processes register what they hold [L4]."""
 DRAIN_SECONDS = 2.0
+CALLS_AT_ONCE = 5
+"""Of some 200 leases each: Redis does what comes together in one go, some 3 ms."""
 FOREVER = float("inf")
 
 
@@ -298,16 +300,22 @@ class RedisLeaseStore:
     async def _refresh(self, slots: list[Slot]) -> None:
         """Renew *slots*; tell of those that are lost. Raises when Redis is away. In the keeper's loop."""
         link = self._link()
-        for batch, call in self.commands.refresh(slots, one_key=self.location.kind == "cluster"):
+        calls = list(self.commands.refresh(slots, one_key=self.location.kind == "cluster"))
+        for begin in range(0, len(calls), CALLS_AT_ONCE):
+            sent = calls[begin : begin + CALLS_AT_ONCE]
             asked = monotonic()
-            results = call.read(await link.evaluate(call))
-            for slot, result in zip(batch, results, strict=True):
-                if slot.id not in self.slots:
-                    self._release_later(slot)  # it was given back meanwhile, and may have been taken again
-                elif result > 0:
-                    slot.good_until = asked + self._ttl
-                else:
-                    self.lose(slot.id, "lease_lost")
+            replies = await asyncio.gather(*(link.evaluate(call) for _, call in sent))
+            for (batch, call), reply in zip(sent, replies, strict=True):
+                for slot, result in zip(batch, call.read(reply), strict=True):
+                    self._renewed(slot, result, asked)
+
+    def _renewed(self, slot: Slot, result: int, asked: float) -> None:
+        if slot.id not in self.slots:
+            self._release_later(slot)  # it was given back meanwhile, and may have been taken again
+        elif result > 0:
+            slot.good_until = asked + self._ttl
+        else:
+            self.lose(slot.id, "lease_lost")
 
     def lose(self, lease_id: str, reason: Loss) -> None:
         """Forget a lease that was taken away, and tell."""

@@ -32,7 +32,7 @@ from asgi_stream.storage.spool import refuse, spool_root
 logger = logging.getLogger("asgi_stream")
 
 GROUP = "archiver"
-BATCH = 500
+BATCH = 200
 WAIT_SECONDS = 1.0
 TAKE_OVER_SECONDS = 15.0
 """What an archiver took and did not acknowledge for so long is taken over by another one."""

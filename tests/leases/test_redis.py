@@ -352,6 +352,27 @@ async def test_a_server_that_became_a_replica(own_redis: EmbeddedRedis, make: Ma
     client.close()
 
 
+@pytest.mark.parametrize("skew", [-100_000.0, 100_000.0])
+async def test_a_process_whose_clock_is_wrong(
+    redis_url: str, make: Make, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    """Redis's clock counts, in both directions."""
+    await until_old(redis_url)
+    right, wrong = make(redis_url, limit=2, ttl_seconds=60), make(redis_url, limit=2, ttl_seconds=60)
+    first = await right.acquire_async("ann")
+    clock = time.time
+    monkeypatch.setattr("asgi_stream.leases.store.time.time", lambda: clock() + skew)
+    second = await wrong.acquire_async("ann")
+    assert await first.refresh_async()
+    assert await second.refresh_async()
+    for limiter in (right, wrong):
+        with pytest.raises(StreamLimitExceeded):
+            await limiter.acquire_async("ann")
+        assert await held(limiter, "ann") == 2
+    second.release()
+    await until_held(right, "ann", 1)
+
+
 async def test_a_full_redis_is_as_good_as_away(own_redis: EmbeddedRedis, make: Make) -> None:
     await until_old(own_redis.url)
     limiter = make(own_redis.url, limit=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -401,6 +402,38 @@ def test_sigv4(
         storage.close()
     with pytest.raises(ConfigurationError, match="OPENSEARCH_AWS_REGION"):
         make_storage(search_server, auth_type="aws")
+
+
+def test_the_retention_policy_of_a_data_stream(search_server: SearchServer, make_storage: MakeStorage) -> None:
+    """Index state management is a plugin that no test server has: what is asked of it is its documented request."""
+    front = Front(*search_server.settings.values())
+    asked: list[tuple[str, str, Any]] = []
+
+    def note(method: str, path: str, headers: dict[str, str], body: bytes) -> bool:
+        if "/_plugins/_ism/" in path or path.startswith("/_index_template"):
+            asked.append((method, path, json.loads(body) if body else None))
+            return False
+        return True
+
+    front.check, front.refuse_with = note, 201
+    with front.running():
+        storage = make_storage(search_server, port=front.port, data_stream=True, retention_days=30)
+        name = storage.config.index_prefix
+        assert storage.setup() == [f"index template {name}", "retention policy of 30 days"]
+        (_, _, made), (method, path, policy) = asked
+        assert made["data_stream"] == {}
+        assert made["index_patterns"] == [name]
+        assert (method, path) == ("PUT", f"/_plugins/_ism/policies/{name}")
+        states = {state["name"]: state for state in policy["policy"]["states"]}
+        assert states["hot"]["actions"] == [{"rollover": {"min_index_age": "1d", "min_primary_shard_size": "30gb"}}]
+        assert states["hot"]["transitions"] == [{"state_name": "delete", "conditions": {"min_index_age": "30d"}}]
+        assert states["delete"]["actions"] == [{"delete": {}}]
+        assert policy["policy"]["ism_template"] == [{"index_patterns": [name], "priority": 200}]
+        storage.close()
+    if search_server.is_node:
+        storage = make_storage(search_server, data_stream=True, retention_days=30)
+        with pytest.raises(BackendError, match="storage prune"):
+            storage.setup()
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
