@@ -45,8 +45,6 @@ PROBE_SECONDS = 0.2
 REGISTER_SECONDS = 2.0
 """For so long after Redis came back empty, or another one in its place, processes register what they hold [L4]."""
 DRAIN_SECONDS = 2.0
-CALLS_AT_ONCE = 5
-"""Of some 200 leases each: Redis does what comes together in one go, some 3 ms."""
 FOREVER = float("inf")
 
 
@@ -151,7 +149,8 @@ class RedisLeaseStore:
             link = None
         sent = None if link is None else link.post(self.commands.release(slot.key, [slot]))
         if sent is None:
-            self._release_later(slot)
+            if link is not None or not self._release_by_keeper(slot):
+                self._release_later(slot)
             return
 
         def check(future: asyncio.Future[Any]) -> None:
@@ -159,6 +158,17 @@ class RedisLeaseStore:
                 self._release_later(slot)
 
         sent.add_done_callback(check)
+
+    def _release_by_keeper(self, slot: Slot) -> bool:
+        """For sync code: what it asks for next goes through the same thread, and comes after this."""
+        loop = self._thread.loop
+        if loop is None or self._keeper is None or self._thread.is_current:
+            return False
+        try:
+            loop.call_soon_threadsafe(self.release, slot)
+        except RuntimeError:
+            return False  # it has ended
+        return True
 
     def _release_later(self, slot: Slot) -> None:
         keeper = self._keeper
@@ -300,22 +310,16 @@ class RedisLeaseStore:
     async def _refresh(self, slots: list[Slot]) -> None:
         """Renew *slots*; tell of those that are lost. Raises when Redis is away. In the keeper's loop."""
         link = self._link()
-        calls = list(self.commands.refresh(slots, one_key=self.location.kind == "cluster"))
-        for begin in range(0, len(calls), CALLS_AT_ONCE):
-            sent = calls[begin : begin + CALLS_AT_ONCE]
+        for batch, call in self.commands.refresh(slots, one_key=self.location.kind == "cluster"):
             asked = monotonic()
-            replies = await asyncio.gather(*(link.evaluate(call) for _, call in sent))
-            for (batch, call), reply in zip(sent, replies, strict=True):
-                for slot, result in zip(batch, call.read(reply), strict=True):
-                    self._renewed(slot, result, asked)
-
-    def _renewed(self, slot: Slot, result: int, asked: float) -> None:
-        if slot.id not in self.slots:
-            self._release_later(slot)  # it was given back meanwhile, and may have been taken again
-        elif result > 0:
-            slot.good_until = asked + self._ttl
-        else:
-            self.lose(slot.id, "lease_lost")
+            results = call.read(await link.evaluate(call))
+            for slot, result in zip(batch, results, strict=True):
+                if slot.id not in self.slots:
+                    self._release_later(slot)  # it was given back meanwhile, and may have been taken again
+                elif result > 0:
+                    slot.good_until = asked + self._ttl
+                else:
+                    self.lose(slot.id, "lease_lost")
 
     def lose(self, lease_id: str, reason: Loss) -> None:
         """Forget a lease that was taken away, and tell."""

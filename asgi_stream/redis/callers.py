@@ -28,10 +28,14 @@ class PipeCaller:
 
         async def open_connection() -> OpenConnection:
             connection = await connect(client)
-            # Now, not at the first use: a script that is not there yet would run after those sent behind it.
-            await ask(connection, [("SCRIPT", "LOAD", script.source) for script in scripts])
-            if on_open is not None:
-                await on_open(connection)
+            try:
+                # Now, not at the first use: a script that is not there yet would run after those sent behind it.
+                await ask(connection, [("SCRIPT", "LOAD", script.source) for script in scripts])
+                if on_open is not None:
+                    await on_open(connection)
+            except BaseException:
+                connection.abort()
+                raise
             return connection
 
         self.pipe = Pipe(open_connection)

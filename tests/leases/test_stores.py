@@ -100,6 +100,17 @@ async def test_sync_code_takes_leases_too(make: Make) -> None:
     assert await again.refresh_async()
 
 
+async def test_sync_code_takes_again_what_it_gave_back(make: Make) -> None:
+    """At once, a thousand times: what is given back comes before what is asked for next."""
+    limiter = make(limit=1)
+
+    def work() -> None:
+        for _ in range(1000):
+            limiter.acquire("ann").release()
+
+    await asyncio.to_thread(work)
+
+
 async def test_a_lease_may_weigh_more(make: Make) -> None:
     limiter = make(limit=5)
     heavy = await limiter.acquire_async("ann", weight=3)
