@@ -196,7 +196,11 @@ class Attempt:
         else:
             failure = body.exception()
         if failure is None:
-            await self._end(events.complete())
+            ending = await self._end(events.complete())
+            if ending == "cancelled":
+                raise asyncio.CancelledError  # its block ended the run and swallowed the request to stop
+            if ending == "failed":
+                raise JobError("failed: it ended its run as failed")
             return self._result(body.result())
         if isinstance(failure, RunCancelledError):
             await self._end(events.cancelled(failure.reason))
@@ -242,19 +246,20 @@ class Attempt:
 
     # What the viewers learn
 
-    async def _end(self, ending: StreamEvent) -> None:
-        """End the run, unless it has ended; what the function said before comes first."""
+    async def _end(self, ending: StreamEvent) -> str | None:
+        """End the run, unless it has ended; what the function said before comes first. Return the ending it has."""
         context = self._context
         if context is None:
-            return
+            return ending.event
         await self._flush(context)
         try:
             await context.end_async(ending)
-        except RunEndedError:
-            pass
+        except RunEndedError as exc:
+            return exc.ending
         except AttemptSupersededError as exc:
             logger.warning("job %s of %s: %s", self._execution.key, self._name, exc)
             raise engine.leave(self._execution) from exc
+        return ending.event
 
     async def _say_again(self, why: str) -> None:
         context = self._context

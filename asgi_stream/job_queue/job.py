@@ -16,7 +16,8 @@ class JobStatus:
     """How a job stands.
 
     ``unknown``: it never reached the queue, or its outcome is no longer kept. ``result`` is what it returned, ``error``
-    why it failed. ``attempt`` counts its runs after failures, ``worker`` is who has or had it.
+    why it failed. ``attempt`` counts its runs after failures, ``worker`` is who has or had it. A job whose run has been
+    cancelled or has failed stands so, whatever its function returned.
     """
 
     state: State

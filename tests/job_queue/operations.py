@@ -82,6 +82,19 @@ def polite(entity: dict[str, Any]) -> None:
             ctx.log("cleaned up")
 
 
+def ends_its_run(entity: dict[str, Any]) -> int:
+    """Ends its run as it is told, and returns."""
+    ctx = StreamContext.from_dict(entity["ctx"])
+    ctx.log("ending")
+    if entity["ending"] == "cancelled":
+        ctx.end_cancelled("enough")
+    elif entity["ending"] == "failed":
+        ctx.fail("no_disk", "the disk is full")
+    else:
+        ctx.complete()
+    return 7
+
+
 def steps(entity: dict[str, Any]) -> None:
     """Says a line every so often, with its attempt and its process."""
     ctx = StreamContext.from_dict(entity["ctx"])
@@ -113,7 +126,7 @@ registry = {
         f"{function.__module__}.{function.__qualname__}": function
         for function in (
             *(short_task, answer, unserialisable, raises, fails_once, exits, hangs_async, hangs_sync, hangs_in_c),
-            *(polite, steps, steps_async, count, nothing),
+            *(polite, ends_its_run, steps, steps_async, count, nothing),
         )
     },
 }

@@ -166,6 +166,16 @@ async def test_a_viewer_cancels_a_running_job(jobs: Jobs, function: Any) -> None
     assert (await outcome(jobs.manager.enqueue(None, operations.nothing))).state == "completed"
 
 
+@pytest.mark.parametrize("ending", ["complete", "cancelled", "failed"])
+async def test_a_job_that_ends_its_own_run_stands_as_the_run_does(jobs: Jobs, ending: str) -> None:
+    jobs.worker()
+    ctx, job = order(jobs, operations.ends_its_run, ending=ending)
+    assert await Viewer(ctx).end() == ["queued", "started", "log", ending]
+    status = await outcome(job)
+    assert status.state == {"complete": "completed"}.get(ending, ending)
+    assert status.result == (7 if ending == "complete" else None)
+
+
 @pytest.mark.parametrize("function", [operations.hangs_async, operations.polite])
 async def test_the_caller_cancels_a_running_job(jobs: Jobs, function: Any) -> None:
     jobs.worker()
