@@ -29,7 +29,9 @@ class QueueRedisConfig:
     """Where a Redis is. Leases, channels and the queue may each have their own.
 
     ``url``: ``redis://``, ``rediss://`` (TLS), ``redis+sentinel://host1,host2/name/0`` or
-    ``redis+cluster://host1,host2``. Environment: ``REDIS_URL``.
+    ``redis+cluster://host1,host2``; ``rediss+sentinel://`` and ``rediss+cluster://`` over TLS. What TLS needs is in the
+    query: ``?ssl_ca_certs=/path&ssl_certfile=/path&ssl_keyfile=/path``, and ``ssl_cert_reqs=none`` or
+    ``ssl_check_hostname=false`` where they must be. Environment: ``REDIS_URL``.
     """
 
     url: str = "redis://localhost:6379/0"

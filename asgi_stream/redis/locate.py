@@ -87,14 +87,19 @@ class Location:
         if parts.scheme.startswith("rediss"):
             options["ssl"] = True
         for name, value in parse_qsl(parts.query):
-            if name not in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "sentinel_password"):
+            if name == "ssl_check_hostname":
+                options[name] = value.lower() not in ("false", "no", "0")
+            elif name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "sentinel_password"):
+                options[name] = value
+            else:
                 raise ConfigurationError(f"the Redis URL has an option that is not known here: {name}")
-            options[name] = value
         return parts, options
 
     def _sentinel(self) -> tuple[str, list[tuple[str, int]], dict[str, Any], dict[str, Any]]:
         parts, options = self._parts()
-        sentinel = {"protocol": 2, "socket_connect_timeout": 0.5, "socket_timeout": 0.5}
+        sentinel: dict[str, Any] = {"protocol": 2, "socket_connect_timeout": 0.5, "socket_timeout": 0.5}
+        # Who speaks TLS with the primary does with the Sentinels: they are asked for no other reason.
+        sentinel |= {name: value for name, value in options.items() if name.startswith("ssl")}
         if "sentinel_password" in options:
             sentinel["password"] = options.pop("sentinel_password")
         name, _, db = parts.path.strip("/").partition("/")

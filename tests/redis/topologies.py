@@ -27,7 +27,7 @@ def until(condition: Any) -> None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -46,7 +46,7 @@ class Cluster:
         for n in range(6):
             options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / f"nodes-{n}.conf")]
             # Its own choice, 10,000 above its port, may be no port at all.
-            self.buses.append(_free_port())
+            self.buses.append(free_port())
             options += ["--cluster-port", str(self.buses[-1])]
             options += ["--repl-diskless-sync-delay", "0"]
             options += ["--cluster-node-timeout", "1500", "--cluster-allow-replica-migration", "no"]
