@@ -40,6 +40,8 @@ FULL_CHECK = timedelta(milliseconds=5)
 IDLE_CHECK = timedelta(milliseconds=250)
 """How long one blocking read waits for a job; one that comes meanwhile is read at once."""
 MAX_RETRY_DELAY = 300.0
+PATIENCE_KEPT = 7 * 24 * 3600
+"""Seconds for which the setting of the last worker that came is compared."""
 OUTAGE_TRIES = 90
 """How often a command is tried while Redis is away: for about so many seconds."""
 
@@ -230,6 +232,18 @@ async def deliveries(docket: Docket, execution: Execution) -> int:
             count=1,
         )
     return int(pending[0]["times_delivered"]) if pending else 1
+
+
+async def other_patience(docket: Docket, worker: str, seconds: float) -> float | None:
+    """Note this worker's ``redelivery_timeout``; return the one that was there, if it is another and a worker is alive.
+
+    A job is renewed as often as its own worker's setting asks for, and taken away by what the others' say.
+    """
+    async with docket.redis() as redis:
+        before = await redis.set(docket.key("redelivery_timeout"), repr(seconds), ex=PATIENCE_KEPT, get=True)
+    if before is None or float(before) == seconds:
+        return None
+    return float(before) if any(other.name != worker for other in await docket.workers()) else None
 
 
 def leave(execution: Execution) -> AdmissionBlocked:

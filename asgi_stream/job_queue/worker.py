@@ -112,6 +112,7 @@ class QueueWorker:
         try:
             async with engine.open_docket(self.config) as docket:
                 await engine.endure(docket)
+                await self._compare(docket)
                 self._register(docket)
                 worker = engine.make_worker(
                     docket, self.config, name=self.name, slots=self.max_workers, unknown=self._job(docket)
@@ -155,6 +156,19 @@ class QueueWorker:
                 await asyncio.wait({working}, timeout=1.0)
         if not working.cancelled():
             working.result()
+
+    async def _compare(self, docket: Docket) -> None:
+        mine = self.config.redelivery_timeout
+        other = await engine.other_patience(docket, self.name, mine)
+        if other is not None:
+            logger.warning(
+                "worker %s has redelivery_timeout=%g, another one of queue %r has %g: a job may be taken from a worker "
+                "that is alive; give all the same",
+                self.name,
+                mine,
+                self.config.queue,
+                other,
+            )
 
     def _register(self, docket: Docket) -> None:
         job = self._job(docket)

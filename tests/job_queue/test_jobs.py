@@ -397,6 +397,15 @@ async def test_a_worker_that_is_told_to_stop_finishes_its_jobs(jobs: Jobs, numbe
     assert (await outcome(job)).state == "completed"
 
 
+async def test_workers_that_disagree_about_who_is_dead_are_told(jobs: Jobs) -> None:
+    for number, (patience, told) in enumerate(((4.0, False), (4.0, False), (5.0, True)), 1):
+        worker = jobs.worker(redelivery_timeout=patience)
+        async with asyncio.timeout(HANG):
+            while len((await jobs.manager.stats_async()).workers) < number:  # noqa: ASYNC110 - other processes do it
+                await asyncio.sleep(0.01)
+        assert ("has redelivery_timeout=5, another one of queue" in worker.log()) == told
+
+
 @pytest.mark.parametrize("function", [operations.steps, operations.steps_async, operations.hangs_async])
 async def test_a_worker_that_may_not_wait_hands_its_jobs_back(jobs: Jobs, function: Any) -> None:
     """At once, long before the time after which a silent worker is taken for dead."""
