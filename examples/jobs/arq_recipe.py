@@ -3,7 +3,8 @@
     arq arq_recipe.WorkerSettings     # the worker
     python arq_recipe.py              # orders a run and follows it, as a web process would
 
-arq's newer releases ask for a redis-py below 6, which asgi_stream cannot use; pip then takes arq 0.25.
+arq's newer releases ask for a redis-py below 6, which asgi_stream cannot use; pip then takes arq 0.25,
+whose worker does not start on Python 3.14.
 """
 
 import asyncio

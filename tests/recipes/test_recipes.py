@@ -40,6 +40,8 @@ def test_a_recipe(runner: str, redis_url: str) -> None:
     program = Path(sys.executable).with_name(WORKERS[runner][0])
     if not program.exists():
         missing(runner, "pip install -e '.[recipes]'")
+    if runner == "arq" and sys.version_info >= (3, 14):
+        pytest.skip("arq 0.25 asks for an event loop before there is one: its worker does not start on Python 3.14")
     # A database of its own: runners leave keys with names of theirs. Found by name, as a shell in the folder would.
     url = f"{redis_url.rpartition('/')[0]}/{list(WORKERS).index(runner) + 1}"
     environ = {**os.environ, "REDIS_URL": url, "PYTHONPATH": str(FOLDER), "PYTHONWARNINGS": "default"}
