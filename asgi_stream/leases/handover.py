@@ -28,6 +28,7 @@ from asgi_stream.errors import StreamLeaseWarning, StreamLimitExceeded
 from asgi_stream.leases.limiter import StreamLease, StreamLeaseLimiter
 from asgi_stream.leases.store import Loss
 
+_STEP_OF_A_TASK = asyncio.Handle._run.__code__
 _GENERATOR = inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
 
@@ -291,10 +292,12 @@ def _in_http_request(frame: FrameType | None) -> bool:
     It looks for the server's ``scope`` among the callers: the block has no other way to tell a request from a worker
     or a WebSocket. Only reached when a lease is released by its block, never on the way of a stream that limits.
     """
-    if threading.current_thread().name.startswith("AnyIO worker thread"):
+    if asyncio._get_running_loop() is None and threading.current_thread().name.startswith("AnyIO worker thread"):
         return True  # a `def` endpoint; its caller is in another thread
     while frame is not None:
         code = frame.f_code
+        if code is _STEP_OF_A_TASK:
+            return False  # beyond it is the event loop, which serves everybody
         if "scope" in code.co_varnames or "scope" in code.co_freevars:  # to read a frame's variables costs more
             scope = frame.f_locals.get("scope")
             if isinstance(scope, dict) and "type" in scope:
