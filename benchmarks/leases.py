@@ -5,7 +5,7 @@
 - pair: acquire and release, one at a time, p50 and p99; then by fifty tasks at once.
 - keeping: renewing 1,000 leases of 200 users once: wall and CPU of the client, CPU of Redis.
 - waking: from a release to the start of the one who waited, p50 and p99.
-- memory: a pair in this process, as `async with`.
+- memory: a pair in this process, as `async with`, beside a count in a dict.
 
 The floor is an EVALSHA and a ZREM over redis-py. Peers: fastapi-stream-lease, py-redis-semaphore, redis-py's Lock (of
 one slot). Ours gives back without waiting for Redis; the peers wait.
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +203,60 @@ async def waking(url: str, count: int) -> list[float]:
     return times
 
 
-async def in_memory(count: int) -> float:
+class DictCounter:
+    """The least that limits: a count for each user, as an application might write it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.counts: dict[str, int] = {}
+
+    @asynccontextmanager
+    async def hold(self, user: str) -> AsyncIterator[None]:
+        if self.counts.get(user, 0) >= self.limit:
+            raise RuntimeError("too many")
+        self.counts[user] = self.counts.get(user, 0) + 1
+        try:
+            yield
+        finally:
+            self.counts[user] -= 1
+            if not self.counts[user]:
+                del self.counts[user]
+
+
+class BareDictCounter(DictCounter):
+    """The same in a class of its own, without `asynccontextmanager`."""
+
+    def hold(self, user: str) -> Any:
+        self.user = user
+        return self
+
+    async def __aenter__(self) -> None:
+        if self.counts.get(self.user, 0) >= self.limit:
+            raise RuntimeError("too many")
+        self.counts[self.user] = self.counts.get(self.user, 0) + 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.counts[self.user] -= 1
+        if not self.counts[self.user]:
+            del self.counts[self.user]
+
+
+async def in_memory(count: int) -> dict[str, float]:
+    """Microseconds of a pair as ``async with``."""
     limiter = StreamLeaseLimiter()
-    begun = time.perf_counter()
-    for _ in range(count):
-        async with stream_lease("ann", limiter=limiter):
-            pass
-    return (time.perf_counter() - begun) / count * 1e6
+    ours = functools.partial(stream_lease, limiter=limiter)
+    took: dict[str, float] = {}
+    for name, hold in (
+        ("ours", ours),
+        ("dict counter", BareDictCounter(5).hold),
+        ("dict counter, asynccontextmanager", DictCounter(5).hold),
+    ):
+        begun = time.perf_counter()
+        for _ in range(count):
+            async with hold("ann"):
+                pass
+        took[name] = (time.perf_counter() - begun) / count * 1e6
+    return took
 
 
 async def run(url: str, rounds: int, quick: bool) -> list[str]:
@@ -254,13 +303,21 @@ async def run(url: str, rounds: int, quick: bool) -> list[str]:
         lines.append(f"| {name} | {wall:.1f} | {own:.1f} | {server:.1f} | {every} |")
     times = sorted(await waking(url, 20 if quick else 500))
     p50, p99 = times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3
+    lines += ["", f"Waking one who waits: p50 {p50:.2f} ms, p99 {p99:.2f} ms", ""]
+    rounds_in_memory = [await in_memory(200 if quick else 10_000) for _ in range(rounds)]
     lines += [
+        "### in memory, as `async with`",
         "",
-        f"Waking one who waits: p50 {p50:.2f} ms, p99 {p99:.2f} ms",
-        "",
-        "In memory, as `async with`: " + " ".join([f"{await in_memory(2000):.2f} us" for _ in range(rounds)]),
-        "",
+        "| | us | x dict counter | every round |",
+        "| --- | ---: | ---: | --- |",
     ]
+    least = statistics.median(took["dict counter"] for took in rounds_in_memory)
+    for name in rounds_in_memory[0]:
+        column = [took[name] for took in rounds_in_memory]
+        middle = statistics.median(column)
+        every = " ".join(f"{took:.2f}" for took in column)
+        lines.append(f"| {name} | {middle:.2f} | {middle / least:.1f} | {every} |")
+    lines.append("")
     for limiter in _opened:
         await limiter.aclose()
     return lines
