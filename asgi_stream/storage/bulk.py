@@ -66,9 +66,10 @@ class BulkWriter:
                     chunk = [document for document in chunk if document.id not in known]
                 if chunk:
                     result.add(self._send(chunk))
-            except BackendError as exc:
+            except Exception as exc:
                 result.later += chunk
-                result.reason = str(exc)
+                result.reason = str(exc if isinstance(exc, BackendError) else explain(self.config, exc))
+                self._prepared = False  # it may come back without what it knew
         return result
 
     def _client_now(self) -> Any:

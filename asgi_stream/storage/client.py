@@ -50,6 +50,10 @@ def _aws(config: StorageConfig) -> Any:
     return Urllib3AWSV4SignerAuth(credentials, config.aws_region, config.aws_service)
 
 
+NOT_OPENSEARCH = (LookupError, TypeError, ValueError, AttributeError)
+"""How an answer shows that something else gave it, such as a login page in between."""
+
+
 def where(config: StorageConfig) -> str:
     """The server, for messages."""
     return f"{'https' if config.use_ssl else 'http'}://{config.host}:{config.port}"
@@ -70,6 +74,8 @@ def explain(config: StorageConfig, error: Exception) -> BackendError:
         advice = f"it does not allow this (or its disk is full): {_short(error)}"
     elif "CERTIFICATE_VERIFY_FAILED" in str(error):
         advice = "its certificate is signed by nobody that is trusted here: set ca_file= (OPENSEARCH_CA_FILE)"
+    elif isinstance(error, NOT_OPENSEARCH) or type(error).__name__ == "SerializationError":
+        advice = f"what answers there is not OpenSearch: {type(error).__name__}: {_short(error)}"
     elif status == 0 and "SSL" in str(error):
         advice = f"TLS failed; is use_ssl= right for this port? {_short(error)}"
     elif status == 0:

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 from asgi_stream.config import StorageConfig, check_whole
 from asgi_stream.errors import BackendError, ConfigurationError
 from asgi_stream.storage.bulk import put_template
-from asgi_stream.storage.client import CONNECTIONS, explain, make_client, status_of
+from asgi_stream.storage.client import CONNECTIONS, NOT_OPENSEARCH, explain, make_client, status_of
 from asgi_stream.storage.document import is_expired, retention_policy
 from asgi_stream.storage.search import Moment, Search, SearchPage, StoredEvent
 from asgi_stream.storage.sink import Entry, Sink, SinkStats
@@ -154,7 +154,10 @@ class OpenSearchEventStorage:
                 if status_of(exc) == 400:
                     raise ConfigurationError(f"OpenSearch cannot search for this; whose is after=? {exc}") from exc
                 raise explain(self.config, exc) from exc
-            page, following = following.page(answer)
+            try:
+                page, following = following.page(answer)
+            except NOT_OPENSEARCH as exc:
+                raise explain(self.config, exc) from exc
             events += page.events
         return SearchPage(events, page.after, page.cursor)
 
@@ -242,13 +245,13 @@ class OpenSearchEventStorage:
                 if status_of(exc) != 404:
                     raise
                 found, indices = None, []
+            events = 0 if found is None else found["hits"]["total"]["value"]
+            oldest, newest = (
+                None if found is None or not events else found["aggregations"][name]["value"] / 1000
+                for name in ("oldest", "newest")
+            )
         except Exception as exc:
             raise explain(config, exc) from exc
-        events = 0 if found is None else found["hits"]["total"]["value"]
-        oldest, newest = (
-            None if found is None or not events else found["aggregations"][name]["value"] / 1000
-            for name in ("oldest", "newest")
-        )
         return {
             "version": version,
             "template": installed,

@@ -26,6 +26,7 @@ class Front:
         self.refuse_with = 401
         self.max_bytes: int | None = None
         self.lose_answers = 0  # so many bulk requests are done, and their answers lost
+        self.strange: bytes | None = None  # every request is answered 200 with this, and not done
         self.busy_items = False  # every item of a bulk request is answered 429, and not done
         self.bulks = 0
         self.port = 0
@@ -88,6 +89,9 @@ class Front:
             return
         if self.max_bytes is not None and len(body) > self.max_bytes:
             self._answer(request, 413, b'{"error": "too large"}')
+            return
+        if self.strange is not None:
+            self._answer(request, 200, self.strange, "text/html" if self.strange[:1] == b"<" else "application/json")
             return
         if bulk and self.busy_items:
             item = {"create": {"status": 429, "error": {"type": "cluster_block_exception", "reason": "disk"}}}

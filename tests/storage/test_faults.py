@@ -125,6 +125,50 @@ def test_answers_that_are_lost_over_a_rollover(search_server: SearchServer, make
         storage.close()
 
 
+@pytest.mark.parametrize("strange", [b"<html>Please log in</html>", b"{}", b'{"items": [], "hits": {}}', b"[]", b"{"])
+def test_answers_that_are_not_opensearchs(
+    search_server: SearchServer, make_storage: MakeStorage, strange: bytes
+) -> None:
+    """Something in between answers in its place: what was to be written waits."""
+    front = Front(*search_server.settings.values())
+    with front.running():
+        storage = make_storage(search_server, port=front.port, flush_seconds=0.05)
+        front.strange = strange
+        for n in range(5):
+            storage.offer(entry("c", ("log", {"message": str(n)}), first=n + 1))
+        until(lambda: storage.stats().spooled == 5)
+        assert "is not OpenSearch" in storage.stats().error
+        with pytest.raises(BackendError, match="is not OpenSearch"):
+            storage.search(channel="c")
+        with pytest.raises(BackendError, match="is not OpenSearch"):
+            storage.status()
+        front.strange = None
+        assert storage.flush(HANG)
+        assert messages(storage) == ["0", "1", "2", "3", "4"]
+        assert (storage.stats().written, storage.stats().dropped) == (5, 0)
+        storage.close()
+
+
+def test_a_server_that_has_forgotten_all(search_server: SearchServer, make_storage: MakeStorage) -> None:
+    """Its index template, too: it is there again before the first event makes an index without it."""
+    front = Front(*search_server.settings.values())
+    with front.running():
+        storage = make_storage(search_server, port=front.port, flush_seconds=0.05)
+        write(storage, entry("c", ("log", {"message": "before"})))
+        port = front.port
+    storage.offer(entry("c", ("log", {"message": "after"}), first=2))
+    until(lambda: storage.stats().spooled == 1)
+    other = make_storage(search_server, index_prefix=storage.config.index_prefix)
+    for index in other.status()["indices"]:
+        other.client.indices.delete(index=index)
+    other.client.indices.delete_index_template(name=storage.config.index_prefix)
+    with front.running(port=port):
+        assert storage.flush(HANG)
+        assert messages(storage) == ["after"]
+        assert storage.status()["template"] is True
+        storage.close()
+
+
 def test_a_full_disk_of_the_server(search_server: SearchServer, make_storage: MakeStorage) -> None:
     """Flood stage answers 429 for each item, or blocks the index: that passes, and everything is there then, once."""
     front = Front(*search_server.settings.values())
