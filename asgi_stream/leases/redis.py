@@ -99,7 +99,7 @@ class RedisLeaseStore:
                     answer = self.commands.acquire(slot, policy)
                     got = answer.read(await self._link().evaluate(answer))
             except (UnavailableError, ReplyError, exceptions.RedisError, OSError, TimeoutError) as exc:
-                if not may_pass(exc) and not str(exc).startswith("OOM"):  # full is as good as away
+                if not may_pass(exc):
                     raise BackendError(f"Redis at {self.location}: {exc}") from exc
                 # Whatever became of it. By another name, or what gives it back might come after what takes it again.
                 self.release(slot.abandon())

@@ -141,5 +141,6 @@ def _may_pass_of_driver(error: BaseException) -> bool:
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
         return False
     if isinstance(error, exceptions.ResponseError):
-        return isinstance(error, exceptions.ReadOnlyError | exceptions.ClusterError) or str(error).startswith(RETRYABLE)
+        named = exceptions.ReadOnlyError | exceptions.ClusterError | exceptions.OutOfMemoryError
+        return isinstance(error, named) or str(error).startswith(RETRYABLE)
     return isinstance(error, exceptions.RedisError | OSError | TimeoutError | EOFError)

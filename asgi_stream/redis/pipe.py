@@ -36,7 +36,7 @@ class ReplyError(Exception):
     """Redis answered with an error."""
 
 
-RETRYABLE = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY")
+RETRYABLE = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "MISCONF", "OOM")
 """How answers begin that another time, or another connection, may not give."""
 
 

@@ -23,7 +23,7 @@ from asgi_stream.channels.redis import RedisBroker
 from asgi_stream.config import ChannelConfig, QueueRedisConfig
 from asgi_stream.errors import AttemptSupersededError, BackendError, RunEndedError
 from asgi_stream.redis.embedded import EmbeddedRedis
-from tests.redis_server import start_redis
+from tests.redis_server import REFUSALS, Refusal, start_redis
 
 pytestmark = pytest.mark.anyio
 
@@ -405,6 +405,37 @@ async def test_a_redis_that_still_loads_its_data_is_waited_for(tmp_path: Path, n
     finally:
         await starting
         again.stop()
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+async def test_a_redis_that_takes_no_writes_is_waited_for(name: str, kind: str) -> None:
+    """Full, cut off from its replicas after a failover, or without a disk: nothing is lost meanwhile."""
+    server = await asyncio.to_thread(start_redis)
+    refusal = Refusal(server, kind)
+    broker = RedisBroker(QueueRedisConfig(server.url), patience=HANG)
+    hurried = RedisBroker(QueueRedisConfig(server.url), patience=0.1)
+    try:
+        await broker.run_async(Append(name, (block("a"),)))
+        await asyncio.to_thread(refusal.begin)
+        with pytest.raises(BackendError, match=kind):
+            await hurried.run_async(Append(name, (block("x"),)))
+        with pytest.raises(BackendError, match=f"{kind}|OutOfMemory"):
+            await asyncio.to_thread(hurried.run, Append(name, (block("x"),)))
+        # What is there can be read.
+        assert texts((await broker.run_async(Read(name))).records) == ["a"]
+        first = asyncio.create_task(broker.run_async(Append(name, (block("b"),))))
+        second = asyncio.create_task(asyncio.to_thread(broker.run, Append(name, (block("c"),))))
+        done, _ = await asyncio.wait([first, second], timeout=0.2)
+        assert not done
+        await asyncio.to_thread(refusal.end)
+        async with asyncio.timeout(HANG):
+            await first
+            await second
+        assert sorted(texts((await broker.run_async(Read(name))).records)) == ["a", "b", "c"]
+    finally:
+        await broker.aclose()
+        await hurried.aclose()
+        await asyncio.to_thread(server.stop)
 
 
 def _fill(url: str) -> None:

@@ -22,7 +22,7 @@ from asgi_stream.redis import callers
 from asgi_stream.redis.embedded import EmbeddedRedis
 from tests.leases.test_stores import until, until_old
 from tests.redis.proxy import FaultProxy
-from tests.redis_server import start_redis
+from tests.redis_server import REFUSALS, Refusal, start_redis
 
 pytestmark = pytest.mark.anyio
 
@@ -373,18 +373,18 @@ async def test_a_process_whose_clock_is_wrong(
     await until_held(right, "ann", 1)
 
 
-async def test_a_full_redis_is_as_good_as_away(own_redis: EmbeddedRedis, make: Make) -> None:
+@pytest.mark.parametrize("kind", REFUSALS)
+async def test_a_redis_that_takes_no_writes_is_as_good_as_away(own_redis: EmbeddedRedis, make: Make, kind: str) -> None:
     await until_old(own_redis.url)
     limiter = make(own_redis.url, limit=2)
     held_ = [await limiter.acquire_async("ann")]
-    client: Any = driver.Redis.from_url(own_redis.url)
-    client.config_set("maxmemory", 1)
+    refusal = Refusal(own_redis, kind)
+    await asyncio.to_thread(refusal.begin)
     async with asyncio.timeout(HANG):
         held_.append(await limiter.acquire_async("ann"))
         with pytest.raises(StreamLimitExceeded):
             await limiter.acquire_async("ann")
-    client.config_set("maxmemory", 0)
-    client.close()
+    await asyncio.to_thread(refusal.end)
     await until(lambda: limiter._redis is not None and limiter._redis.admits)
     await until_held(limiter, "ann", 2)
     assert all(lease.held for lease in held_)
