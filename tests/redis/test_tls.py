@@ -19,6 +19,7 @@ from asgi_stream import (
     StreamLeaseConfig,
     StreamLeaseLimiter,
     StreamLimitExceeded,
+    shutdown_streaming,
     sse_response,
 )
 from asgi_stream.errors import BackendError
@@ -206,3 +207,4 @@ async def test_jobs(files: Files, port: int) -> None:
         worker.cancel()
         await asyncio.wait([worker])
         await manager.aclose()
+        await shutdown_streaming()  # the worker gave the process its Redis
